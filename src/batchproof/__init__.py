@@ -1,0 +1,56 @@
+"""batchproof: LLM inference whose bits do not depend on what else is in the batch.
+
+Importing this package patches nothing and loads neither triton, vllm nor transformers: every public name is
+imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ._version import __version__
+
+_HOMES = {
+    "RMSNorm": "layers",
+    "add_rms_norm": "ops.rms_norm",
+    "addmm": "ops.linear",
+    "argmax": "ops.sample",
+    "baddbmm": "ops.linear",
+    "batch_invariant": "mode",
+    "bmm": "ops.linear",
+    "disable": "mode",
+    "enable": "mode",
+    "fused_add_rms_norm": "ops.rms_norm",
+    "gelu_tanh": "ops.activation",
+    "gelu_tanh_and_mul": "ops.activation",
+    "gumbel_noise": "ops.sample",
+    "is_enabled": "mode",
+    "linear": "ops.linear",
+    "log_softmax": "ops.softmax",
+    "make_invariant": "integrations.transformers",
+    "mean": "ops.reduce",
+    "mm": "ops.linear",
+    "paged_attention": "ops.attention",
+    "rms_norm": "ops.rms_norm",
+    "rope": "ops.rope",
+    "rope_cos_sin": "ops.rope",
+    "sample": "ops.sample",
+    "silu": "ops.activation",
+    "silu_and_mul": "ops.activation",
+    "softmax": "ops.softmax",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'batchproof' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

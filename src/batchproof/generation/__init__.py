@@ -1,0 +1,1 @@
+"""Text with receipts: reading prompts, generating, writing answers, checking them again."""

@@ -1,0 +1,88 @@
+"""Comparing results: bit for bit for invariance, in ulps against a reference for accuracy.
+
+Invariance has no tolerance. Accuracy has one, in the table below, and each entry says why it is what it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ArgumentError
+
+__all__ = ["TOLERANCES", "Tolerance", "as_bits", "bits_equal", "first_mismatch", "ulp_distance"]
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an op may be from its reference: ``ulp`` of the output dtype, or ``atol`` scaled as ``reason`` says."""
+
+    reason: str
+    ulp: int = 0
+    atol: float = 0.0
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    "rms_norm": Tolerance(ulp=2, reason="1 ulp of the normalised value (the sum's rounding), 1 more of the product"),
+    "rms_norm_unweighted": Tolerance(ulp=1, reason="statistics carry more bits than the output, which is rounded once"),
+    "linear": Tolerance(
+        ulp=1, atol=2.0**-22, reason="fp32 accumulation, atol in units of sum |x||w|; then one rounding"
+    ),
+    "attention": Tolerance(
+        atol=2.0**-7, reason="probabilities are rounded to the value dtype before the second product"
+    ),
+    "softmax": Tolerance(ulp=2, atol=2.0**-20, reason="exp to 2 ulp in fp32 and one division, then one rounding"),
+    "log_softmax": Tolerance(ulp=2, atol=2.0**-18, reason="x - max - log(sum) cancels: absolute in units of max |x|"),
+    "mean": Tolerance(ulp=1, atol=2.0**-20, reason="fp32 sum by a tree: absolute in units of the mean of |x|"),
+    "activation": Tolerance(ulp=2, reason="the activation is rounded to the dtype, and so is its product"),
+    "rope": Tolerance(
+        ulp=1, atol=2.0**-22, reason="two fp32 products and a difference that can cancel; then one rounding"
+    ),
+}
+
+
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same storage read as integers, so that NaN equals NaN and -0 differs from +0."""
+    if tensor.dtype.is_complex:
+        raise ArgumentError(f"as_bits takes real tensors, got {tensor.dtype}")
+    return tensor.contiguous().view(_BITS[tensor.element_size()])
+
+
+def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bits."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(as_bits(a), as_bits(b)))
+
+
+def first_mismatch(a: torch.Tensor, b: torch.Tensor) -> str | None:
+    """A sentence about the first element whose bits differ and how many do, or None if none does."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{tuple(a.shape)} {a.dtype} against {tuple(b.shape)} {b.dtype}"
+    differ = as_bits(a) != as_bits(b)
+    count = int(differ.sum())
+    if count == 0:
+        return None
+    index = tuple(int(i) for i in differ.nonzero()[0])
+    return f"{count} of {a.numel()} elements differ, first at {index}: {a[index].item()!r} against {b[index].item()!r}"
+
+
+def ulp_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Elementwise distance in units in the last place (int64), for tensors of one floating dtype.
+
+    NaN is at distance 0 from NaN and at the largest distance from a number; -0 is at distance 0 from +0.
+    """
+    if a.dtype != b.dtype or a.shape != b.shape:
+        raise ArgumentError(f"ulp_distance needs one shape and dtype, got {a.shape} {a.dtype} and {b.shape} {b.dtype}")
+    distance = (_ordered(a) - _ordered(b)).abs()
+    far = torch.full_like(distance, torch.iinfo(torch.int64).max)
+    distance = torch.where(a.isnan() != b.isnan(), far, distance)
+    return torch.where(a.isnan() & b.isnan(), torch.zeros_like(distance), distance)
+
+
+def _ordered(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits as int64 in the order of the numbers: negatives mirrored below zero, both zeros at 0."""
+    bits = as_bits(tensor).to(torch.int64)
+    lowest = -(1 << (8 * tensor.element_size() - 1))
+    return torch.where(bits < 0, lowest - bits, bits)

@@ -1,0 +1,34 @@
+"""Triton where there is one; on platforms without it the kernel modules still import, and only their launch fails."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+__all__ = ["HAS_TRITON", "device_guard", "tl", "triton"]
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:  # macOS, Windows: the CPU implementations serve
+    HAS_TRITON = False
+
+    class _Missing:
+        """Stands for ``triton`` and ``tl`` while kernels are defined."""
+
+        def __getattr__(self, name: str) -> Any:
+            return _Missing()
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return args[0] if args and callable(args[0]) else _Missing()
+
+    triton = tl = _Missing()
+
+
+def device_guard(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one for a launch; nothing to do for CPU tensors (Triton's interpreter)."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,532 @@
+"""Sampling a token a row: Gumbel noise with an address, argmax with a rule for ties, and Gumbel-max over both.
+
+    noise[t, i] = -log(-log(u(seed[t], position[t], i)))
+    token[t]    = argmax over kept i of  logits[t, i] / temperature[t] + noise[t, i]
+
+The noise is not drawn, it is looked up: 32 bits of Philox4x32-10 whose key is the seed (low word, high word) and whose
+counter is (i // 4, 0, low word of the position, high word of the position); index i takes output i % 4. So a
+request's token is a function of its seed, of how far it has come and of its logits, and there is no generator state
+to share with anyone. With v = (r + 1/2) / 2**32 rounded to fp32 and at most 1 - 2**-24, u is 1 - v: an index is
+chosen for a large noise, which is a u near 1, and v keeps 33 bits there where a u in fp32 would keep 24. With 24, the
+largest noises over a vocabulary of 128k would tie once in a hundred rows.
+
+Invariance: nothing floating is summed but in the softmax of top-p, which is ours. Philox is integers; noise, scaling
+and noise added are elementwise, without FMA; a maximum under "larger value, then lower index" is the same in any
+order, so a row may be cut among programs in any way; a stable sort has one answer; and top-p adds probabilities in
+int64 fixed point, where a cumulative sum is exact. Filters act within a row, so whether a neighbour asks for one, or
+none does and the sort is not done, changes nothing. On the CPU the logarithms are ``_exact``'s; CPU and GPU share the
+random integers, and their noise agrees to a few ulp.
+
+Source: Salmon, Moraes, Dror, Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011 (Philox, checked against the
+known answers of Random123); Gumbel, 1954, for the maximum; Holtzman et al., 2020, for top-p.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError, DeviceError, ShapeError
+from ..registry import Inputs, OpSpec, register_spec
+from . import _exact
+from ._library import check_dtype, register_op, require_no_grad
+from ._triton import device_guard, tl, triton
+from .softmax import softmax
+
+__all__ = [
+    "argmax",
+    "argmax_reference",
+    "check_sampling",
+    "gumbel_noise",
+    "gumbel_noise_reference",
+    "philox4x32",
+    "sample",
+    "sample_reference",
+]
+
+BLOCK = 2048  # columns a program; any cut gives the same tokens, so this is for speed alone
+NUM_WARPS = 4
+MAX_VOCAB = 65535 * BLOCK  # the second axis of a CUDA grid
+MASS_BITS = 40  # top-p adds probabilities as multiples of 2**-40; one under 2**-41 counts as none
+_WORD = 0xFFFFFFFF
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def philox4x32(counter: Words, key: tuple[Tensor, Tensor], rounds: int = 10) -> Words:
+    """Philox4x32 of 32-bit words held in int64 tensors, which broadcast; the words in Random123's order.
+
+    A product of two words wraps in int64, which keeps its 64 bits: the shift's copies of the sign are masked away.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = ((second >> 32) & _WORD) ^ c1 ^ k0, ((first >> 32) & _WORD) ^ c3 ^ k1
+        c1, c3 = second & _WORD, first & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def random_words(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """The 32 random bits of each vocabulary index, int64 [num_tokens, vocab_size]."""
+    group = torch.arange((vocab_size + 3) // 4, device=seeds.device).unsqueeze(0)
+    seeds, positions = seeds.unsqueeze(1), positions.unsqueeze(1)
+    counter = (group, torch.zeros_like(group), positions & _WORD, (positions >> 32) & _WORD)
+    words = philox4x32(counter, (seeds & _WORD, (seeds >> 32) & _WORD))
+    return torch.stack(words, dim=-1).flatten(1)[:, :vocab_size]
+
+
+def _survival(words: Tensor) -> Tensor:
+    """The kernel's v = 1 - u, an fp32 number, in float64, where 1 - v is exact."""
+    return ((words.float() + 0.5) * 2.0**-32).clamp_max_(1.0 - 2.0**-24).double()
+
+
+def noise_of_words(words: Tensor) -> Tensor:
+    """fp32 noise of int64 ``words`` in IEEE operations."""
+    exponential = -_exact.log(1.0 - _survival(words))
+    return (-_exact.log(exponential)).float()
+
+
+def gumbel_noise_reference(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """The formula in float64 with the library's logarithms, rounded to fp32."""
+    v = _survival(random_words(seeds, positions, vocab_size))
+    return -(-torch.log1p(-v)).log().float()
+
+
+def argmax_reference(x: Tensor) -> Tensor:
+    """The first index of each row's largest value, by a stable sort; NaN as -inf."""
+    values = x.float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, 0]
+
+
+def sample_reference(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+) -> Tensor:
+    """Row by row: rank the scaled logits, cut the ranking at top_k, then at top_p; the first best with noise added."""
+    noise = gumbel_noise_reference(seeds, positions, logits.shape[1])
+    tokens = argmax_reference(logits)
+    for row in range(logits.shape[0]):
+        if temperature[row] == 0:
+            continue
+        x = logits[row].float().nan_to_num(-torch.inf, torch.inf, -torch.inf) / temperature[row]
+        ranked = x.sort(descending=True, stable=True).indices
+        if top_k is not None and top_k[row] > 0:
+            ranked = ranked[: int(top_k[row])]
+        if top_p is not None and top_p[row] < 1 and x[ranked[0]] > -torch.inf:
+            p = x[ranked].double().clamp_max(torch.finfo(torch.float32).max).softmax(0)
+            ranked = ranked[p.cumsum(0) - p < top_p[row].double()]
+        kept = ranked.sort().values
+        tokens[row] = kept[argmax_reference((x + noise[row])[kept].unsqueeze(0))].squeeze(0)
+    return tokens
+
+
+@triton.jit
+def _random_words_block(seed, position, first, BLOCK: tl.constexpr):
+    """uint32 random words of BLOCK vocabulary indices from ``first``, a multiple of 4."""
+    group = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    low = (position & 0xFFFFFFFF).to(tl.uint32)
+    high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    r0, r1, r2, r3 = tl.philox(seed, group, group * 0, low, high)
+    return tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3))
+
+
+@triton.jit
+def _noise_of_words(words):
+    """fp32 noise of uint32 ``words``: ``-log(-log1p(-v))``."""
+    v = tl.minimum((words.to(tl.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+    # 1 - v would round a small v away: below 1/8 the series v + v**2/2 + ... + v**8/8, within 2**-26 of log1p
+    series = tl.zeros_like(v)
+    for n in tl.static_range(8):
+        series = series * v + 1.0 / (8 - n)
+    return -tl.log(tl.where(v < 0.125, series * v, -tl.log(1.0 - v)))
+
+
+@triton.jit(do_not_specialize=["vocab_size"])
+def _gumbel_noise_kernel(seeds_ptr, positions_ptr, noise_ptr, vocab_size: tl.int64, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    words = _random_words_block(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), first, BLOCK)
+    tl.store(noise_ptr + row * vocab_size + columns, _noise_of_words(words), mask=columns < vocab_size)
+
+
+@triton.jit(do_not_specialize=["row_stride", "vocab_size"])
+def _block_best_kernel(
+    x_ptr, seeds_ptr, positions_ptr, temperature_ptr, keys_ptr,
+    row_stride: tl.int64, vocab_size: tl.int64,
+    BLOCK: tl.constexpr, SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """The best of one row's BLOCK columns as an int64 that orders by value, then by lower index."""
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * row_stride + columns, mask=columns < vocab_size, other=float("-inf")).to(tl.float32)
+    if SAMPLE:
+        temperature = tl.load(temperature_ptr + row)
+        if temperature > 0.0:
+            words = _random_words_block(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), first, BLOCK)
+            x = tl.div_rn(x, tl.zeros_like(x) + temperature) + _noise_of_words(words)
+    x = tl.where(x != x, float("-inf"), x)
+    x = tl.where(x == 0.0, 0.0, x)  # -0 ties with +0
+    bits = x.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    # columns past the vocabulary are -inf with a higher index than any other
+    best = tl.max((ordered << 32) | (0x7FFFFFFF - columns).to(tl.int64), axis=0)
+    tl.store(keys_ptr + row * tl.num_programs(1) + tl.program_id(1), best)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _row_best_kernel(
+    keys_ptr, temperature_ptr, top_k_ptr, top_p_ptr, out_ptr, num_blocks: tl.int64,
+    BLOCK: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr,
+):  # fmt: skip
+    """The index of the row's best block maximum; -1 where a parameter is out of range."""
+    row = tl.program_id(0).to(tl.int64)
+    blocks = tl.arange(0, BLOCK)
+    # past the end the last block is read again, which does not change a maximum
+    keys = tl.load(keys_ptr + row * num_blocks + tl.minimum(blocks, num_blocks - 1))
+    index = 0x7FFFFFFF - (tl.max(keys, axis=0) & 0xFFFFFFFF)
+    valid = index >= 0
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row)
+        valid = valid & (temperature >= 0.0) & (temperature < float("inf"))
+    if HAS_TOP_K:
+        valid = valid & (tl.load(top_k_ptr + row) >= 0)
+    if HAS_TOP_P:
+        top_p = tl.load(top_p_ptr + row)
+        valid = valid & (top_p > 0.0) & (top_p <= 1.0)
+    tl.store(out_ptr + row, tl.where(valid, index, -1))
+
+
+def launch_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Run the noise kernel: fp32 [num_tokens, vocab_size]."""
+    noise = seeds.new_empty(seeds.shape[0], vocab_size, dtype=torch.float32)
+    if seeds.numel():
+        grid = (seeds.shape[0], triton.cdiv(vocab_size, BLOCK))
+        with device_guard(seeds):
+            _gumbel_noise_kernel[grid](
+                seeds.contiguous(), positions.contiguous(), noise, vocab_size,
+                BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+    return noise
+
+
+def launch_best(x: Tensor, *rows: Tensor | None) -> Tensor:
+    """Argmax of ``x``; or given seeds, positions, temperature, top_k and top_p, Gumbel-max.
+
+    The filters have been applied to ``x`` already; here they are only checked for being in range.
+    """
+    num_tokens, vocab_size = x.shape
+    out = x.new_empty(num_tokens, dtype=torch.int64)
+    if num_tokens == 0:
+        return out
+    x = x if x.stride(1) == 1 else x.contiguous()
+    num_blocks = triton.cdiv(vocab_size, BLOCK)
+    keys = x.new_empty(num_tokens, num_blocks, dtype=torch.int64)
+    seeds, positions, temperature, top_k, top_p = (None if t is None else t.contiguous() for t in rows or (None,) * 5)
+    with device_guard(x):
+        _block_best_kernel[(num_tokens, num_blocks)](
+            x, seeds, positions, temperature, keys, x.stride(0), vocab_size,
+            BLOCK=BLOCK, SAMPLE=temperature is not None, num_warps=NUM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+        _row_best_kernel[(num_tokens,)](
+            keys, temperature, top_k, top_p, out, num_blocks,
+            BLOCK=triton.next_power_of_2(num_blocks), HAS_TEMPERATURE=temperature is not None,
+            HAS_TOP_K=top_k is not None, HAS_TOP_P=top_p is not None, num_warps=1,
+        )  # fmt: skip
+    return out
+
+
+def _check_rows(op: str, num_tokens: int, device: torch.device, **rows: Tensor | None) -> None:
+    """Each of ``rows`` is None or [num_tokens] of the dtype its name asks for, on ``device``."""
+    for name, tensor in rows.items():
+        if tensor is None:
+            continue
+        check_dtype(op, name, tensor, (torch.float32 if name in ("temperature", "top_p") else torch.int64,))
+        if tensor.shape != (num_tokens,):
+            raise ShapeError(f"{op}: {name} has shape {tuple(tensor.shape)}, want ({num_tokens},), one value a token")
+        if tensor.device != device:
+            raise DeviceError(f"{op}: {name} is on {tensor.device}, want {device} where the others are")
+
+
+def _check_vocab(op: str, vocab_size: int) -> None:
+    if not 1 <= vocab_size <= MAX_VOCAB:
+        raise ShapeError(f"{op}: the vocabulary has {vocab_size} entries, want 1 to {MAX_VOCAB}")
+
+
+def _validate_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> None:
+    if seeds.dim() != 1:
+        raise ShapeError(f"gumbel_noise: seeds has shape {tuple(seeds.shape)}, want [num_tokens]")
+    _check_rows("gumbel_noise", seeds.shape[0], seeds.device, seeds=seeds, positions=positions)
+    _check_vocab("gumbel_noise", vocab_size)
+
+
+def _validate_argmax(x: Tensor, op: str = "argmax", name: str = "x") -> None:
+    check_dtype(op, name, x)
+    if x.dim() != 2:
+        raise ShapeError(f"{op}: {name} has shape {tuple(x.shape)}, want [num_tokens, vocab_size]")
+    _check_vocab(op, x.shape[1])
+
+
+def _validate_sample(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None
+) -> None:
+    _validate_argmax(logits, "sample", "logits")
+    rows = {"seeds": seeds, "positions": positions, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    _check_rows("sample", logits.shape[0], logits.device, **rows)
+
+
+def check_sampling(temperature: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None) -> None:
+    """ArgumentError unless temperature is finite and not negative, top_k not negative and top_p in (0, 1].
+
+    For the host's copy of the parameters, before they go to a GPU, where ``sample`` does not wait to read them.
+    """
+    _check_values("temperature", temperature, (temperature >= 0) & temperature.isfinite(), "finite and not negative")
+    if top_k is not None:
+        _check_values("top_k", top_k, top_k >= 0, "not negative (0 keeps all)")
+    if top_p is not None:
+        _check_values("top_p", top_p, (top_p > 0) & (top_p <= 1), "in (0, 1]")
+
+
+def _check_values(name: str, values: Tensor, good: Tensor, wanted: str) -> None:
+    if not bool(good.all()):
+        row = int((~good).nonzero()[0])
+        raise ArgumentError(f"sample: {name}[{row}] is {values[row].item()}, want it {wanted}")
+
+
+def _scale(logits: Tensor, temperature: Tensor) -> Tensor:
+    """``logits / temperature`` in fp32, by 1 in greedy rows; NaN as -inf, -0 as +0 (a radix sort may part them)."""
+    divisor = torch.where(temperature > 0, temperature, torch.ones_like(temperature)).unsqueeze(1)
+    return (logits.float() / divisor).nan_to_num_(-torch.inf, torch.inf, -torch.inf).add_(0.0)
+
+
+def filter_logits(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+    """``logits`` with -inf at what top_k and top_p remove; a row that asks for nothing comes back as it was.
+
+    The ranking is that of the scaled logits, which is that of the probabilities before they are rounded.
+    """
+    ranked, index = _scale(logits, temperature).sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    kept = torch.ones_like(ranked, dtype=torch.bool)
+    if top_k is not None:
+        kept = (rank < top_k.unsqueeze(1)) | (top_k == 0).unsqueeze(1)
+    if top_p is not None:
+        # two infinities have no difference: the largest finite number takes all the mass just as well
+        finite = ranked.clamp(max=torch.finfo(torch.float32).max).masked_fill_(~kept, -torch.inf)
+        share = softmax(finite).nan_to_num_(0.0)  # NaN: a row of -inf
+        mass = (share.double() * 2.0**MASS_BITS).round_().to(torch.int64)
+        wanted = (top_p.double() * 2.0**MASS_BITS).ceil_().to(torch.int64)  # at least 1, so the first is kept
+        before = mass.cumsum(-1) - mass
+        kept &= (before < wanted.unsqueeze(1)) | (top_p == 1).unsqueeze(1)
+    kept |= (temperature == 0).unsqueeze(1)
+    removed = torch.ones_like(kept).scatter_(1, index, ~kept)
+    return logits.masked_fill(removed, -torch.inf)
+
+
+def _gumbel_noise_cpu(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    _validate_noise(seeds, positions, vocab_size)
+    return noise_of_words(random_words(seeds, positions, vocab_size))
+
+
+def _gumbel_noise_cuda(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    _validate_noise(seeds, positions, vocab_size)
+    return launch_noise(seeds, positions, vocab_size)
+
+
+def _gumbel_noise_fake(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    _validate_noise(seeds, positions, vocab_size)
+    return seeds.new_empty(seeds.shape[0], vocab_size, dtype=torch.float32)
+
+
+def _argmax_cpu(x: Tensor) -> Tensor:
+    _validate_argmax(x)
+    x = x.masked_fill(x.isnan(), -torch.inf)
+    columns = torch.arange(x.shape[1]).expand_as(x)
+    return columns.masked_fill(x != x.amax(-1, keepdim=True), x.shape[1]).amin(-1)
+
+
+def _argmax_cuda(x: Tensor) -> Tensor:
+    _validate_argmax(x)
+    return launch_best(x)
+
+
+def _argmax_fake(x: Tensor) -> Tensor:
+    _validate_argmax(x)
+    return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+def _sample_cpu(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None
+) -> Tensor:
+    _validate_sample(logits, seeds, positions, temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p)
+    tokens = _argmax_cpu(logits)
+    drawn = temperature > 0
+    if not bool(drawn.any()):
+        return tokens
+    # only the rows that ask for noise, and of them only those that ask for a filter, are given one
+    logits, temperature = logits[drawn], temperature[drawn]
+    top_k, top_p = (None if t is None else t[drawn] for t in (top_k, top_p))
+    filtered = torch.zeros_like(temperature, dtype=torch.bool)
+    filtered = filtered if top_k is None else filtered | (top_k > 0)
+    filtered = filtered if top_p is None else filtered | (top_p < 1)
+    if bool(filtered.any()):
+        chosen = (None if t is None else t[filtered] for t in (top_k, top_p))
+        logits[filtered] = filter_logits(logits[filtered], temperature[filtered], *chosen)
+    noise = _gumbel_noise_cpu(seeds[drawn], positions[drawn], logits.shape[1])
+    tokens[drawn] = _argmax_cpu(_scale(logits, temperature).add_(noise))
+    return tokens
+
+
+def _sample_cuda(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None
+) -> Tensor:
+    _validate_sample(logits, seeds, positions, temperature, top_k, top_p)
+    if logits.shape[0] and (top_k is not None or top_p is not None):
+        logits = filter_logits(logits, temperature, top_k, top_p)
+    return launch_best(logits, seeds, positions, temperature, top_k, top_p)
+
+
+def _sample_fake(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None
+) -> Tensor:
+    _validate_sample(logits, seeds, positions, temperature, top_k, top_p)
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+_gumbel_noise = register_op(
+    "gumbel_noise(Tensor seeds, Tensor positions, SymInt vocab_size) -> Tensor",
+    cpu=_gumbel_noise_cpu, cuda=_gumbel_noise_cuda, fake=_gumbel_noise_fake,
+)  # fmt: skip
+_argmax = register_op("argmax(Tensor x) -> Tensor", cpu=_argmax_cpu, cuda=_argmax_cuda, fake=_argmax_fake)
+_sample = register_op(
+    "sample(Tensor logits, Tensor seeds, Tensor positions, Tensor temperature, Tensor? top_k, Tensor? top_p) -> Tensor",
+    cpu=_sample_cpu, cuda=_sample_cuda, fake=_sample_fake,
+)  # fmt: skip
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise at an address: a function of (seed, position, vocabulary index) and of nothing else.
+
+    Args:
+        seeds: int64 [num_tokens], the key of each request; all 64 bits count, and any value will do.
+        positions: int64 [num_tokens], the absolute position in its sequence of the token the noise is for.
+        vocab_size: entries of the vocabulary, at least 1. A longer row begins with the shorter one.
+
+    Returns:
+        fp32 [num_tokens, vocab_size] between -2.82 and 22.88, contiguous.
+
+    Invariance: looked up, not drawn; see the module docstring.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: before anything is computed.
+
+    Source: Salmon et al., SC 2011 (Philox4x32-10).
+    """
+    result: Tensor = _gumbel_noise(seeds, positions, vocab_size)
+    return result
+
+
+def argmax(x: Tensor) -> Tensor:
+    """Index of each row's largest value; of equal values the lowest index, which ``torch.argmax`` does not promise.
+
+    Args:
+        x: [num_tokens, vocab_size], fp32, fp16 or bf16, any strides. NaN counts as -inf and -0 equals +0.
+
+    Returns:
+        int64 [num_tokens]; 0 for a row of nothing but -inf and NaN.
+
+    Invariance: exact comparisons have no order; see the module docstring.
+
+    Raises:
+        ShapeError, DtypeError: before anything is computed.
+        UnsupportedError: autograd would record the call.
+    """
+    require_no_grad("argmax", x)
+    result: Tensor = _argmax(x)
+    return result
+
+
+def sample(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+) -> Tensor:
+    """Draw one token a row from ``softmax(logits / temperature)``, cut by top_k and then by top_p.
+
+    Args:
+        logits: [num_tokens, vocab_size], fp32, fp16 or bf16, any strides. NaN counts as -inf.
+        seeds: int64 [num_tokens], see ``gumbel_noise``.
+        positions: int64 [num_tokens], the absolute position in its sequence of the token being drawn.
+        temperature: fp32 [num_tokens], finite; 0 is greedy: the row's ``argmax``, whatever its other parameters.
+            A quotient that overflows ties with others that do.
+        top_k: int64 [num_tokens], how many of the largest are kept, of equal ones the lowest indices; 0 keeps all.
+            None if no row wants it.
+        top_p: fp32 [num_tokens] in (0, 1]: the shortest run of the ranking whose probability, among what top_k left,
+            is at least this; 1 keeps all. None if no row wants it.
+
+    Returns:
+        int64 [num_tokens]; 0 for a row of nothing but -inf and NaN. With both filters None nothing is sorted.
+
+    Invariance: a row's token depends on its own row of each argument alone; see the module docstring.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: before anything is computed.
+        ArgumentError: a parameter out of range, on the CPU. On a GPU reading one would wait for the device, so there
+            the row's token is -1, which is none; ``check_sampling`` is for the host's copy.
+        UnsupportedError: autograd would record the call.
+
+    Source: the Gumbel-max trick; top-p after Holtzman et al., 2020.
+    """
+    require_no_grad("sample", logits, temperature, top_p)
+    result: Tensor = _sample(logits, seeds, positions, temperature, top_k, top_p)
+    return result
+
+
+def _noise_inputs(num_tokens: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Inputs:
+    def integers(high: int) -> Tensor:
+        return torch.randint(high, (num_tokens,), generator=generator, device=device)
+
+    return {"seeds": integers(2**62), "positions": integers(2**20), "vocab_size": 4099}
+
+
+def _argmax_inputs(num_tokens: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Inputs:
+    return {"x": (torch.randn(num_tokens, 4099, generator=generator, device=device) * 4.0).to(dtype)}
+
+
+def _sample_inputs(num_tokens: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Inputs:
+    def choice(*values: float) -> Tensor:
+        index = torch.randint(len(values), (num_tokens,), generator=generator, device=device)
+        return torch.tensor(values, device=device)[index]
+
+    inputs = _noise_inputs(num_tokens, dtype, device, generator)
+    return {
+        "logits": _argmax_inputs(num_tokens, dtype, device, generator)["x"],
+        "seeds": inputs["seeds"],
+        "positions": inputs["positions"],
+        "temperature": choice(0.0, 0.5, 1.0, 1.5),
+        "top_k": choice(0, 1, 50, 4099),
+        "top_p": choice(1.0, 0.95, 0.5, 1e-6),
+    }
+
+
+_NOISE_AXES = {"seeds": 0, "positions": 0}
+_SAMPLE_AXES = {"logits": 0, **_NOISE_AXES, "temperature": 0, "top_k": 0, "top_p": 0}
+
+# two of the three return integers, which have no tolerance: they are compared exactly
+register_spec(
+    OpSpec(
+        "gumbel_noise", gumbel_noise, gumbel_noise_reference, _noise_inputs, _NOISE_AXES, "softmax", (torch.float32,)
+    )
+)
+register_spec(OpSpec("argmax", argmax, argmax_reference, _argmax_inputs, {"x": 0}, "softmax"))
+register_spec(OpSpec("sample", sample, sample_reference, _sample_inputs, _SAMPLE_AXES, "softmax"))
