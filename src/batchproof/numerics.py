@@ -29,7 +29,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "rms_norm": Tolerance(ulp=2, reason="1 ulp of the normalised value (the sum's rounding), 1 more of the product"),
     "rms_norm_unweighted": Tolerance(ulp=1, reason="statistics carry more bits than the output, which is rounded once"),
     "linear": Tolerance(
-        ulp=1, atol=2.0**-22, reason="fp32 accumulation, atol in units of sum |x||w|; then one rounding"
+        ulp=1, atol=2.0**-20, reason="operand rounding on the CPU, fp32 sums on GPUs: atol in units of K max|x| max|w|"
     ),
     "attention": Tolerance(
         atol=2.0**-7, reason="probabilities are rounded to the value dtype before the second product"

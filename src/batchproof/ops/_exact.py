@@ -2,11 +2,12 @@
 
 A CPU BLAS chooses its blocking, its threads and its tail code by the number of rows, and says nothing about the
 order in which it adds. So the CPU implementations do not try to pin that order: they make it irrelevant. Each row is
-scaled by a power of two and rounded to integers that float64 holds; products and partial sums of such integers stay
-below 2**53, where float64 addition is exact and therefore associative. Whatever order the library takes, with or
-without FMA, on however many threads, the bits are the same. The rounding of the inputs, 2**-28 of a row's largest
-value or finer, is the only error, and it is a function of the row alone. This is the first step of Ozaki's
-error-free transformation of matrix products (Ozaki, Ogita, Oishi, Rump, Numer. Algorithms 59, 2012).
+rounded to multiples of a power of two, its unit, so coarse that products and partial sums are multiples of one unit
+below 2**53 of it. There float64 addition is exact, and therefore associative: whatever order the library takes, with
+or without FMA, on however many threads, the bits are the same. Rounding the operands is the only error: of the right
+one, the weight, at most 2**-22 of the largest value of its column for 16-bit dtypes and 2**-28 for fp32; of the left
+one, 2**-33 of the largest of its row or less. It is a function of that row or column alone. This is the first step
+of Ozaki's error-free transformation of matrix products (Ozaki, Ogita, Oishi, Rump, Numer. Algorithms 59, 2012).
 
 ``exp`` and ``log`` are here for the same reason: libm's vector and tail code may differ in the last bit, so they are
 written in additions, multiplications and divisions, which IEEE 754 defines to the bit.
@@ -20,13 +21,14 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["PackedColumns", "exact_matmul", "exact_sum", "exp", "exp_float64", "log", "matmul_packed", "pack"]
+__all__ = ["Packed", "exact_matmul", "exact_sum", "exp", "exp_float64", "log", "matmul_packed", "pack", "round_rows"]
 
-RIGHT_BITS = 27  # bits kept of the right operand (the weight), relative to the largest of its column
 CHUNK = 1024  # K per exact product; longer sums are added chunk by chunk in ascending k
-LEFT_BITS = 53 - RIGHT_BITS - 10  # bits per slice of the left operand: CHUNK products sum to at most 2**53
+# Bits of a slice of the left operand, which has two, and of the right operand, which has one; with the 10 bits of
+# CHUNK they sum to 53. 16-bit dtypes have at most 11 significant bits, so that the second slice is often empty.
+NARROW_BITS = (22, 21)
+WIDE_BITS = (16, 27)
 _EXPONENT_MASK = 0x7FF0000000000000
-
 
 _state = threading.local()
 
@@ -45,17 +47,35 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         _state.computing = False
 
 
-def power_of_two_above(x: torch.Tensor) -> torch.Tensor:
-    """The smallest power of two greater than each |x| (float64), 2**-200 at least; 1 where x is not finite."""
-    x = torch.where(x.isfinite(), x.abs(), torch.ones_like(x)).clamp_min(2.0**-201)
-    return (x.view(torch.int64) & _EXPONENT_MASK).view(torch.float64) * 2.0
+def power_of_two_above(largest: torch.Tensor) -> torch.Tensor:
+    """The smallest power of two above each float64 value that is not negative; 2**-200 at least, inf for inf, NaN."""
+    return (largest.clamp_min(2.0**-201).view(torch.int64) & _EXPONENT_MASK).view(torch.float64) * 2.0
+
+
+def round_rows(x: torch.Tensor, above: torch.Tensor, bits: int) -> torch.Tensor:
+    """``x`` rounded to multiples of ``above * 2**-bits``, for powers of two ``above`` that exceed its |values|.
+
+    Adding 1.5 * 2**52 units leaves no room for fractions of one; taking it away again is exact.
+    """
+    magic = above * (1.5 * 2.0 ** (52 - bits))
+    return (x + magic).sub_(magic)
+
+
+def _all_finite(largest: torch.Tensor) -> bool:
+    """Whether every largest |value| is finite; float64 sums of fp32 values cannot overflow."""
+    return math.isfinite(largest.sum().item())
+
+
+def canonical_nan(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with one bit pattern for every NaN: which operand's payload survives depends on the order of a sum."""
+    return torch.where(x.isnan(), torch.full_like(x, math.nan), x)
 
 
 def exact_sum(x: torch.Tensor) -> torch.Tensor:
     """Sum of float64 ``x`` over its last axis: exact sums of CHUNK elements, then of those sums, and so on.
 
-    An exact sum of n elements rounds each to 52 - log2(n) bits below the largest; in chunks that stays 42 bits for
-    any n. Rows with an infinity or NaN give what IEEE addition gives. A zero sum is +0.
+    Each element is rounded to 42 bits below the largest of its chunk. Rows with an infinity or NaN give what IEEE
+    addition gives. A zero sum is +0.
     """
     while x.shape[-1] > CHUNK:
         padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % CHUNK))
@@ -67,93 +87,92 @@ def _exact_chunk_sum(x: torch.Tensor) -> torch.Tensor:
     if x.shape[-1] == 0:
         return x.new_zeros(x.shape[:-1])
     largest = x.abs().amax(-1, keepdim=True)
-    unit = power_of_two_above(largest) * (CHUNK * 2.0**-52)
-    total = (x / unit).round_().sum(-1, keepdim=True) * unit + 0.0  # + 0.0: a sum's zero may start as -0
-    if not bool(largest.isfinite().all()):
-        total = torch.where(largest.isfinite(), total, canonical_nan(x.sum(-1, keepdim=True)))
-    return total.squeeze(-1)
-
-
-def canonical_nan(x: torch.Tensor) -> torch.Tensor:
-    """``x`` with one bit pattern for every NaN: which operand's payload survives depends on the order of a sum."""
-    return torch.where(x.isnan(), torch.full_like(x, math.nan), x)
-
-
-def split_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(high, low, unit)`` with x = (high + low * 2**-bits) * unit, where high and low are integers of ``bits`` bits.
-
-    ``x`` is float64 [..., K]; ``unit`` is a power of two per row, [..., 1]. What lies under 2**(-2 * bits) of the
-    row's largest value is rounded away. Values that are not finite must have been replaced.
-    """
-    unit = power_of_two_above(x.abs().amax(-1, keepdim=True)) * 2.0**-bits
-    scaled = x / unit
-    high = scaled.round()
-    low = ((scaled - high) * 2.0**bits).round_()
-    return high, low, unit
+    total = round_rows(x, power_of_two_above(largest), 42).sum(-1) + 0.0  # + 0.0: a sum's zero may start as -0
+    if not math.isfinite(total.sum().item()):
+        largest = largest.squeeze(-1)
+        total = torch.where(largest.isfinite(), total, canonical_nan(x.sum(-1)))
+    return total
 
 
 @dataclass(frozen=True)
-class PackedColumns:
-    """A right operand [..., K, N] of at most CHUNK of K, equal to ``integers * unit`` (float64, unit [..., 1, N])."""
+class Packed:
+    """A right operand [..., K, N], each column of at most CHUNK of K rounded to ``bits[1]`` bits: float64 chunks."""
 
-    integers: torch.Tensor
-    unit: torch.Tensor
+    chunks: tuple[torch.Tensor, ...]
+    bits: tuple[int, int]
     finite: bool
 
 
-def pack_columns(b: torch.Tensor) -> PackedColumns:
-    """Round each column of ``b`` [..., K, N] to RIGHT_BITS bits below its largest value."""
-    b = b.to(torch.float64)
-    largest = b.abs().amax(-2, keepdim=True)
-    unit = power_of_two_above(largest) * 2.0**-RIGHT_BITS
-    return PackedColumns((b / unit).round_(), unit, bool(largest.isfinite().all()))
+def bits_for(operand: torch.Tensor) -> tuple[int, int]:
+    """The bits of a left and a right operand of this dtype."""
+    return NARROW_BITS if operand.element_size() == 2 else WIDE_BITS
+
+
+def pack(b: torch.Tensor) -> Packed:
+    """Make ``b`` [..., K, N] the right operand of exact products with operands of its dtype."""
+    chunks, finite = [], True
+    for chunk in b.split(CHUNK, dim=-2):
+        largest = chunk.abs().amax(-2, keepdim=True).double()
+        wide = chunk.double()
+        rounded = round_rows(wide, power_of_two_above(largest), bits_for(b)[1])
+        if not _all_finite(largest):
+            finite = False
+            rounded = torch.where(largest.isfinite(), rounded, wide)
+        chunks.append(rounded)
+    return Packed(tuple(chunks), bits_for(b), finite)
 
 
 def exact_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b`` in float64 for a [..., M, K] and b [..., K, N] of any floating dtype.
+    """``a @ b`` in float64 for a [..., M, K] and b [..., K, N] of one floating dtype.
 
     Invariance: an output element depends on its row of ``a`` and its column of ``b`` alone; see the module docstring.
     """
     return matmul_packed(a, pack(b))
 
 
-def pack(b: torch.Tensor) -> list[PackedColumns]:
-    """``pack_columns`` of every CHUNK of K of ``b`` [..., K, N]."""
-    return [pack_columns(chunk) for chunk in b.split(CHUNK, dim=-2)]
+def matmul_packed(a: torch.Tensor, b: Packed, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """``a @ b`` in float64 for a [..., M, K]; chunks of K are added in ascending order. A zero is +0.
+
+    ``weights`` [..., 1, K] are powers of two: row k of ``b`` is exact in multiples of ``weights[k]`` times a unit that
+    all rows share, and ``a`` is rounded accordingly. None if ``b`` is rounded by columns, as ``pack`` does.
+    """
+    out: torch.Tensor | None = None
+    for number, chunk in enumerate(b.chunks):
+        columns = slice(number * CHUNK, (number + 1) * CHUNK)
+        scale = None if weights is None else weights[..., columns]
+        product = _chunk_product(a[..., columns], chunk, b, scale)
+        out = product if out is None else out.add_(product)
+    assert out is not None
+    return out.add_(0.0)  # the sign of a zero would depend on how the library starts its sum
 
 
-def matmul_packed(a: torch.Tensor, packed: list[PackedColumns]) -> torch.Tensor:
-    """``a @ b`` in float64 for a [..., M, K] and ``packed = pack(b)``; chunks of K are added in ascending order."""
-    products = [_chunk_product(part, p) for part, p in zip(a.split(CHUNK, dim=-1), packed, strict=True)]
-    out = products[0]
-    for product in products[1:]:
-        out += product
-    return out + 0.0  # the sign of a zero would depend on how the library starts its sum; this makes it +0
+def _chunk_product(a: torch.Tensor, b: torch.Tensor, packed: Packed, weights: torch.Tensor | None) -> torch.Tensor:
+    m = a.shape[-2]
+    if m == 0 or a.shape[-1] == 0:
+        shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), m, b.shape[-1])
+        return torch.zeros(shape, dtype=torch.float64)
+    a = a if weights is None else a.double() * weights
+    largest = a.abs().amax(-1, keepdim=True).double()  # in a's own dtype: less memory to walk
+    a = a.double()
+    above = power_of_two_above(largest)
+    parts = [round_rows(a, above, packed.bits[0])]
+    if not torch.equal(parts[0], a):  # else nothing was rounded away: a second product would add exact zeros
+        parts.append(round_rows(a - parts[0], above * 2.0 ** -packed.bits[0], packed.bits[0]))
+    left = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+    both = _product(left if weights is None else left / weights, b)
+    out = both if len(parts) == 1 else both[..., :m, :] + both[..., m:, :]
+    return out if packed.finite and _all_finite(largest) else _with_non_finite(out, a, b)
 
 
-def _chunk_product(a: torch.Tensor, b: PackedColumns) -> torch.Tensor:
-    a = a.to(torch.float64)
-    m, k = a.shape[-2:]
-    if m == 0 or k == 0:
-        return a.new_zeros(*torch.broadcast_shapes(a.shape[:-2], b.unit.shape[:-2]), m, b.unit.shape[-1])
-    largest = a.abs().amax(-1, keepdim=True)
-    finite = b.finite and bool(largest.isfinite().all())
-    high, low, unit = split_rows(a if finite else a.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), LEFT_BITS)
-    both = _product(torch.cat((high, low), dim=-2), b.integers)
-    out = (both[..., :m, :] + both[..., m:, :] * 2.0**-LEFT_BITS) * unit * b.unit
-    return out if finite else _with_non_finite(out, a, b.integers)
-
-
-def _with_non_finite(out: torch.Tensor, a: torch.Tensor, integers: torch.Tensor) -> torch.Tensor:
-    """Rows of ``a`` and columns of the right operand that are not finite, as IEEE arithmetic has them.
+def _with_non_finite(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``out`` with the rows of ``a`` and the columns of ``b`` that are not finite as IEEE arithmetic has them.
 
     Every product in such a row or column is summed with an infinity or NaN, so the sum is +inf, -inf or NaN
     in whatever order it is taken.
     """
-    raw = canonical_nan(_product(a, integers))
     rows = ~a.isfinite().all(-1, keepdim=True)
-    columns = ~integers.isfinite().all(-2, keepdim=True)
-    return torch.where(rows | columns, raw, out)
+    columns = ~b.isfinite().all(-2, keepdim=True)
+    return torch.where(rows | columns, canonical_nan(_product(a, b)), out)
 
 
 _LN2_HIGH = 0.693359375  # 10 bits: n * _LN2_HIGH is exact in float32 for |n| < 2**14

@@ -202,23 +202,54 @@ def _attend_cpu(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float
 ) -> torch.Tensor:
     """Exact attention of q [B, H, Q, D] over keys and values [B, H, K, D]; ``visible`` [B, 1, Q, K]; float64 out."""
-    scores = (_exact.exact_matmul(q, keys.transpose(-1, -2)) * scale).float()
+    scores = (_exact.matmul_packed(q, _pack_keys(keys)) * scale).float()
     if softcap:
         scores = softcap * _tanh(scores / softcap)
-    scores = scores.masked_fill(~visible, -math.inf)
+    scores = scores.masked_fill_(~visible, -math.inf)
     largest = scores.amax(-1, keepdim=True)
     p = _exact.exp(scores - largest.masked_fill(largest == -math.inf, 0.0)).double()
     normaliser = (p / _PROBABILITY_UNIT).round_().sum(-1, keepdim=True) * _PROBABILITY_UNIT
-    # Each key's values are scaled by a power of two of that key alone, carried by its probability: a scale taken
-    # over several keys would depend on which keys came along.
-    values = values.double()
-    unit = _exact.power_of_two_above(values.abs().amax(-1, keepdim=True)) * 2.0**-_exact.RIGHT_BITS
-    integers = (values / unit).round_()
-    one = torch.ones((1, 1), dtype=torch.float64)
-    finite = bool(integers.isfinite().all())
-    packed = [_exact.PackedColumns(chunk, one, finite) for chunk in integers.split(_exact.CHUNK, dim=-2)]
-    out = _exact.matmul_packed(p * unit.transpose(-1, -2), packed)
-    return out / normaliser.masked_fill(normaliser == 0.0, 1.0)
+    out, finite = _weigh_values(p, values)
+    out = out / normaliser.masked_fill_(normaliser == 0.0, 1.0)
+    return out if finite else _with_non_finite(out, p, values.double())
+
+
+def _pack_keys(keys: torch.Tensor) -> _exact.Packed:
+    """The keys [B, H, K, D] as columns of the right operand: ``_exact.pack`` of their transpose, walked by rows."""
+    bits = _exact.bits_for(keys)
+    largest = keys.abs().amax(-1, keepdim=True).double()
+    rounded = _exact.round_rows(keys.double(), _exact.power_of_two_above(largest), bits[1])
+    finite = bool(largest.isfinite().all())
+    rounded = rounded if finite else torch.where(largest.isfinite(), rounded, keys.double())
+    return _exact.Packed(rounded.transpose(-1, -2).split(_exact.CHUNK, dim=-2), bits, finite)
+
+
+def _weigh_values(p: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """``p @ values`` for the values that are finite, and whether all are.
+
+    Each key's values are rounded relative to the largest of that key alone: a unit taken over several keys would
+    depend on which keys came along.
+    """
+    bits = _exact.bits_for(values)
+    largest = values.abs().amax(-1, keepdim=True)
+    finite = bool(largest.isfinite().all())
+    if not finite:
+        values = values.nan_to_num(0.0, 0.0, 0.0)
+        largest = values.abs().amax(-1, keepdim=True)
+    above = _exact.power_of_two_above(largest.double())
+    chunks = _exact.round_rows(values.double(), above, bits[1]).split(_exact.CHUNK, dim=-2)
+    return _exact.matmul_packed(p, _exact.Packed(chunks, bits, True), above.transpose(-1, -2)), finite
+
+
+def _with_non_finite(out: torch.Tensor, p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``out`` where values that are not finite meet a probability above zero: a masked key's never count."""
+    seen = (p > 0.0).double()
+    counts = (
+        _exact.exact_matmul(seen, kind.double()) for kind in (values.isnan(), values == math.inf, values == -math.inf)
+    )
+    nan, plus, minus = (count > 0.0 for count in counts)
+    out = out.masked_fill(plus, math.inf).masked_fill(minus, -math.inf)
+    return out.masked_fill(nan | (plus & minus), math.nan)
 
 
 def _tanh(x: torch.Tensor) -> torch.Tensor:
@@ -265,7 +296,10 @@ def _paged_attention_cpu(
         exists = (positions >= first) & (positions < end)
         slots = _slots(block_table[members], (positions - first).clamp_(0, _last_index(block_table, k_cache)), k_cache)
         keys, values = (
-            c.flatten(0, 1)[slots.masked_fill(~exists, 0)].masked_fill_(~exists[..., None, None], 0.0).transpose(1, 2)
+            c.flatten(0, 1)[slots.masked_fill(~exists, 0)]
+            .masked_fill_(~exists[..., None, None], 0.0)
+            .transpose(1, 2)
+            .contiguous()
             for c in (k_cache, v_cache)
         )
         at = end - num_queries + torch.arange(num_queries)

@@ -18,7 +18,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ShapeError, UnsupportedError
-from ..numerics import bits_equal
+from ..numerics import as_bits
 from ..registry import OpSpec, register_spec
 from . import _exact
 from ._library import check_dtype, check_same, register_op, require_no_grad
@@ -123,19 +123,28 @@ class _PackedWeights:
     """Weights as the exact CPU product wants them, kept while the weight lives and its bits stay the same."""
 
     def __init__(self) -> None:
-        self._packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def get(self, weight: torch.Tensor) -> list[_exact.PackedColumns]:
-        kept = self._packed.get(weight)
+    def get(self, weight: torch.Tensor) -> _exact.Packed:
+        """The packed transpose of ``weight`` [N, K]."""
+        kept = self._kept.get(weight)
         # Compared by value: a write through .data or another alias leaves the version counter alone.
-        if kept is not None and bits_equal(kept[0], weight):
-            packed: list[_exact.PackedColumns] = kept[1]
+        if kept is not None and torch.equal(kept[0], _as_words(weight)):
+            packed: _exact.Packed = kept[1]
             return packed
         packed = _exact.pack(weight.t())
-        self._packed.pop(weight, None)
-        if sum(8 * copy.numel() for copy, _ in self._packed.values()) + 8 * weight.numel() <= PACKED_LIMIT:
-            self._packed[weight] = (weight.detach().clone(memory_format=torch.contiguous_format), packed)
+        self._kept.pop(weight, None)
+        size = sum(chunk.nbytes for chunk in packed.chunks)
+        if size + sum(c.nbytes for _, other in self._kept.values() for c in other.chunks) <= PACKED_LIMIT:
+            self._kept[weight] = (_as_words(weight).clone(), packed)
         return packed
+
+
+def _as_words(weight: torch.Tensor) -> torch.Tensor:
+    """The bits of ``weight``, eight bytes at a time if they can be had without a copy: the quickest to compare."""
+    if weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0:
+        return weight.detach().view(-1).view(torch.int64)
+    return as_bits(weight.detach())
 
 
 _packed_weights = _PackedWeights()
