@@ -21,6 +21,7 @@ _HOMES = {
     "bmm": "ops.linear",
     "disable": "mode",
     "enable": "mode",
+    "enable_if_requested": "mode",
     "fused_add_rms_norm": "ops.rms_norm",
     "gelu_tanh": "ops.activation",
     "gelu_tanh_and_mul": "ops.activation",

@@ -21,7 +21,15 @@ import torch
 
 from .errors import ModeError, UnsupportedError
 
-__all__ = ["ENVIRONMENT_VARIABLE", "batch_invariant", "disable", "enable", "is_enabled", "requested_by_environment"]
+__all__ = [
+    "ENVIRONMENT_VARIABLE",
+    "batch_invariant",
+    "disable",
+    "enable",
+    "enable_if_requested",
+    "is_enabled",
+    "requested_by_environment",
+]
 
 ENVIRONMENT_VARIABLE = "VLLM_BATCH_INVARIANT"
 _ROUTED = (torch.float32, torch.float16, torch.bfloat16)
@@ -52,6 +60,14 @@ def enable() -> None:
     with _lock:
         _switched_on = True
         _settle()
+
+
+def enable_if_requested() -> bool:
+    """``enable()`` if VLLM_BATCH_INVARIANT is 1; returns whether it is. ModeError if it is neither 0 nor 1."""
+    requested = requested_by_environment()
+    if requested:
+        enable()
+    return requested
 
 
 def disable() -> None:

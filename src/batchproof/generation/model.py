@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, DeviceError, RecordError
 from ..integrations.transformers import Completion, Engine, Report, Request, make_invariant
 from .receipt import ReceiptChain, environment, model_digest
 from .records import Parameters, PromptRecord
@@ -30,11 +30,29 @@ def load_stock(name: str | None, device: str = "auto", dtype: str = "auto") -> t
     """
     if dtype not in _DTYPES:
         raise ArgumentError(f"dtype is {dtype!r}, want one of {', '.join(_DTYPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = _device(device)
     source = name or str(BUILT_IN)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=_DTYPES[dtype]).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=_DTYPES[dtype])
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"model is {source!r}, want a folder or a hub id of a causal LM: {error}") from error
+    return model.to(target).eval(), tokenizer
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, which must be there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"device is {name!r}, want auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device is {name!r}, but this torch sees {torch.cuda.device_count()} GPUs")
+    return device
 
 
 @dataclass
@@ -70,9 +88,12 @@ class Generator:
             prompt_ids = self.tokenizer(record.prompt)["input_ids"]
         else:
             chat = [dict(m) for m in record.messages]
-            prompt_ids = self.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            try:
+                prompt_ids = self.tokenizer.apply_chat_template(
+                    chat, add_generation_prompt=True, tokenize=True, return_dict=False
+                )
+            except Exception as error:  # a template is a program of the model's, and may raise anything
+                raise RecordError(f"messages: the model's chat template does not take them: {error}") from error
         p = record.parameters
         return Request(
             record.id, tuple(prompt_ids), p.max_tokens, p.temperature, p.top_p, p.top_k, p.seed, tuple(p.stop)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -62,19 +61,18 @@ def _integer(low: int, high: int) -> _Check:
     )
 
 
-def _number(low: float, high: float, open_low: bool = False) -> _Check:
+def _number(low: float, high: float, zero: bool = False) -> _Check:
     def good(v: Any) -> bool:
-        if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v):
-            return False
-        return (low < v if open_low else low <= v) and v <= high
+        return isinstance(v, int | float) and not isinstance(v, bool) and (low <= v <= high or (zero and v == 0))
 
-    return good, f"a number {'above' if open_low else 'from'} {low:g}" + (f" up to {high:g}" if high < 1e300 else "")
+    return good, f"{'0 or ' if zero else ''}a number from {low:g} to {high:g}"
 
 
 _CHECKS: dict[str, _Check] = {
     "max_tokens": _integer(1, 2**31 - 1),
-    "temperature": _number(0.0, 1e300),
-    "top_p": _number(0.0, 1.0, open_low=True),
+    # They are used in fp32: what would round to zero, or divide logits to infinity, is refused.
+    "temperature": _number(1e-6, 1e6, zero=True),
+    "top_p": _number(1e-6, 1.0),
     "top_k": _integer(0, 2**31 - 1),
     "seed": _integer(-(2**63), 2**63 - 1),
     "stop": (
@@ -88,6 +86,10 @@ def parse_prompt(value: Any, default_id: str) -> PromptRecord:
     """A prompt record from a decoded line; RecordError says which field is wrong, what it holds and what it should."""
     if not isinstance(value, dict):
         raise RecordError(f"the line holds {type(value).__name__}, want a JSON object")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(f"the line holds half of a surrogate pair, want whole characters: {error}") from error
     unknown = sorted(set(value) - {"id", "prompt", "messages", *_CHECKS})
     if unknown:
         raise RecordError(f"unknown field {', '.join(unknown)}; want id, prompt or messages, {', '.join(_CHECKS)}")
@@ -132,7 +134,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any | RecordError]]:
                 continue
             try:
                 yield number, json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            except (ValueError, RecursionError) as error:  # also a number or nesting past Python's limits
                 yield number, RecordError(f"not JSON: {error}")
 
 
@@ -155,6 +157,15 @@ def read_prompts(path: Path) -> tuple[list[tuple[int, PromptRecord]], list[tuple
     return good, bad
 
 
+def _is_foreign(line: bytes) -> bool:
+    """Whether a line without its end is whole JSON, but no answer: a prompt record, say."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return not isinstance(value, dict) or "receipt" not in value
+
+
 class AnswerFile:
     """Answers, appended whole: a line is one write to the kernel, so a killed process leaves no half line behind.
 
@@ -170,19 +181,28 @@ class AnswerFile:
         except OSError as error:
             os.close(self._descriptor)
             raise RecordError(f"{path} is being written by another process") from error
-        self._cut_unfinished_line()
+        try:
+            self._cut_unfinished_line()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
 
     def _cut_unfinished_line(self) -> None:
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.ftruncate(self._descriptor, whole)
+        tail = content[whole:]
+        if not tail:
+            return
+        if not tail.startswith(b"{") or _is_foreign(tail):  # no part of an answer: not ours to cut
+            number = content.count(b"\n") + 1
+            raise RecordError(f"{self.path} line {number} is not an answer record; move the file away to start anew")
+        os.ftruncate(self._descriptor, whole)
 
     def read(self) -> dict[str, dict[str, Any]]:
         """The answers that are there, by id."""
         answers: dict[str, dict[str, Any]] = {}
         for number, value in read_lines(self.path):
-            if isinstance(value, RecordError) or not isinstance(value, dict) or "id" not in value:
+            if not isinstance(value, dict) or not isinstance(value.get("id"), str) or "receipt" not in value:
                 raise RecordError(
                     f"{self.path} line {number} is not an answer record; move the file away to start anew"
                 )

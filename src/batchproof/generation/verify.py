@@ -51,6 +51,8 @@ def read_answers(path: Path) -> tuple[list[_Answer], list[Verdict]]:
             missing = [key for key in ("id", "environment", "model", *_COMPARED) if key not in value]
             if missing:
                 raise RecordError(f"not an answer record: {', '.join(missing)} missing")
+            if not isinstance(value["id"], str) or not isinstance(value["token_ids"], list):
+                raise RecordError("not an answer record: want id to be a string and token_ids a list")
             if value["id"] in seen:
                 raise RecordError(f"id {value['id']!r} is there twice")
             seen.add(value["id"])
@@ -108,9 +110,11 @@ def _stages(generator: Generator, requests: list[Request], seed: int) -> list[tu
         return []
     rng = random.Random(seed)
     vocab = generator.model.config.vocab_size
+    room = generator.model.config.max_position_embeddings - 40  # for what a neighbour generates
     crowd = list(requests)
     for number in range(max(8, len(requests) // 4)):
-        prompt = tuple(rng.randrange(vocab) for _ in range(rng.choice((1, 2, 15, 16, 17, 33, 100, 257))))
+        length = min(rng.choice((1, 2, 15, 16, 17, 33, 100, 257)), max(room, 1))
+        prompt = tuple(rng.randrange(vocab) for _ in range(length))
         crowd.append(
             Request(
                 f"\0neighbour {number}", prompt, rng.randint(1, 40), rng.choice((0.0, 1.5)), seed=rng.getrandbits(32)

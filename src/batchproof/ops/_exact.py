@@ -61,6 +61,12 @@ def round_rows(x: torch.Tensor, above: torch.Tensor, bits: int) -> torch.Tensor:
     return (x + magic).sub_(magic)
 
 
+def round_rows_(x: torch.Tensor, above: torch.Tensor, bits: int) -> torch.Tensor:
+    """``round_rows`` in place; rows whose ``above`` is 0 stay as they are."""
+    magic = above * (1.5 * 2.0 ** (52 - bits))
+    return x.add_(magic).sub_(magic)
+
+
 def _all_finite(largest: torch.Tensor) -> bool:
     """Whether every largest |value| is finite; float64 sums of fp32 values cannot overflow."""
     return math.isfinite(largest.sum().item())
@@ -112,8 +118,8 @@ def pack(b: torch.Tensor) -> Packed:
     """Make ``b`` [..., K, N] the right operand of exact products with operands of its dtype."""
     chunks, finite = [], True
     for chunk in b.split(CHUNK, dim=-2):
-        largest = chunk.abs().amax(-2, keepdim=True).double()
         wide = chunk.double()
+        largest = wide.abs().amax(-2, keepdim=True)
         rounded = round_rows(wide, power_of_two_above(largest), bits_for(b)[1])
         if not _all_finite(largest):
             finite = False
@@ -151,9 +157,8 @@ def _chunk_product(a: torch.Tensor, b: torch.Tensor, packed: Packed, weights: to
     if m == 0 or a.shape[-1] == 0:
         shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), m, b.shape[-1])
         return torch.zeros(shape, dtype=torch.float64)
-    a = a if weights is None else a.double() * weights
-    largest = a.abs().amax(-1, keepdim=True).double()  # in a's own dtype: less memory to walk
-    a = a.double()
+    a = a.double() if weights is None else a.double() * weights
+    largest = a.abs().amax(-1, keepdim=True)
     above = power_of_two_above(largest)
     parts = [round_rows(a, above, packed.bits[0])]
     if not torch.equal(parts[0], a):  # else nothing was rounded away: a second product would add exact zeros

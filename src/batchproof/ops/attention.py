@@ -201,44 +201,38 @@ def launch(
 def _attend_cpu(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float
 ) -> torch.Tensor:
-    """Exact attention of q [B, H, Q, D] over keys and values [B, H, K, D]; ``visible`` [B, 1, Q, K]; float64 out."""
-    scores = (_exact.matmul_packed(q, _pack_keys(keys)) * scale).float()
+    """Exact attention of q [B, H, Q, D] over keys and values [B, K, H, D]; ``visible`` [B, 1, Q, K]; float64 out."""
+    rounded, _, finite = _round_vectors(keys)
+    packed = _exact.Packed(rounded.transpose(-1, -2).split(_exact.CHUNK, dim=-2), _exact.bits_for(keys), finite)
+    scores = _exact.matmul_packed(q, packed).mul_(scale).float()
     if softcap:
         scores = softcap * _tanh(scores / softcap)
     scores = scores.masked_fill_(~visible, -math.inf)
     largest = scores.amax(-1, keepdim=True)
-    p = _exact.exp(scores - largest.masked_fill(largest == -math.inf, 0.0)).double()
+    p = _exact.exp(scores.sub_(largest.masked_fill(largest == -math.inf, 0.0))).double()
     normaliser = (p / _PROBABILITY_UNIT).round_().sum(-1, keepdim=True) * _PROBABILITY_UNIT
-    out, finite = _weigh_values(p, values)
-    out = out / normaliser.masked_fill_(normaliser == 0.0, 1.0)
-    return out if finite else _with_non_finite(out, p, values.double())
-
-
-def _pack_keys(keys: torch.Tensor) -> _exact.Packed:
-    """The keys [B, H, K, D] as columns of the right operand: ``_exact.pack`` of their transpose, walked by rows."""
-    bits = _exact.bits_for(keys)
-    largest = keys.abs().amax(-1, keepdim=True).double()
-    rounded = _exact.round_rows(keys.double(), _exact.power_of_two_above(largest), bits[1])
-    finite = bool(largest.isfinite().all())
-    rounded = rounded if finite else torch.where(largest.isfinite(), rounded, keys.double())
-    return _exact.Packed(rounded.transpose(-1, -2).split(_exact.CHUNK, dim=-2), bits, finite)
-
-
-def _weigh_values(p: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """``p @ values`` for the values that are finite, and whether all are.
-
-    Each key's values are rounded relative to the largest of that key alone: a unit taken over several keys would
-    depend on which keys came along.
-    """
-    bits = _exact.bits_for(values)
-    largest = values.abs().amax(-1, keepdim=True)
-    finite = bool(largest.isfinite().all())
+    # Each key's values are rounded relative to the largest of that key alone: a unit taken over several keys would
+    # depend on which keys came along.
+    rounded, above, finite = _round_vectors(values)
     if not finite:
-        values = values.nan_to_num(0.0, 0.0, 0.0)
-        largest = values.abs().amax(-1, keepdim=True)
-    above = _exact.power_of_two_above(largest.double())
-    chunks = _exact.round_rows(values.double(), above, bits[1]).split(_exact.CHUNK, dim=-2)
-    return _exact.matmul_packed(p, _exact.Packed(chunks, bits, True), above.transpose(-1, -2)), finite
+        rounded, above, _ = _round_vectors(values.nan_to_num(0.0, 0.0, 0.0))
+    packed = _exact.Packed(rounded.split(_exact.CHUNK, dim=-2), _exact.bits_for(values), finite=True)
+    out = _exact.matmul_packed(p, packed, above.transpose(-1, -2))
+    out = out.div_(normaliser.masked_fill_(normaliser == 0.0, 1.0))
+    return out if finite else _with_non_finite(out, p, values.transpose(1, 2).double())
+
+
+def _round_vectors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """The vectors of x [B, K, H, D], each rounded relative to its largest value, as float64 [B, H, K, D].
+
+    With them the power of two above that value [B, H, K, 1] and whether all are finite; those that are not stay.
+    """
+    largest = x.double().abs_().amax(-1, keepdim=True).transpose(1, 2)  # amax is slow on 16-bit dtypes
+    above = _exact.power_of_two_above(largest)
+    rounded = torch.empty(*largest.shape[:3], x.shape[-1], dtype=torch.float64).copy_(x.transpose(1, 2))
+    finite = bool(largest.isfinite().all())
+    magic = above if finite else torch.where(largest.isfinite(), above, torch.zeros_like(above))
+    return _exact.round_rows_(rounded, magic, _exact.bits_for(x)[1]), above, finite
 
 
 def _with_non_finite(out: torch.Tensor, p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -294,13 +288,11 @@ def _paged_attention_cpu(
         # Chunks of the exact product lie at absolute positions, as the GPU's tiles do.
         positions = torch.arange(int(first.min()) // _exact.CHUNK * _exact.CHUNK, int(end.max()))
         exists = (positions >= first) & (positions < end)
-        slots = _slots(block_table[members], (positions - first).clamp_(0, _last_index(block_table, k_cache)), k_cache)
+        # Where a sequence has no key, its last one stands in: it is masked, and masked keys count as exact zeros.
+        index = torch.minimum((positions - first).clamp_(min=0), (end - first - 1).clamp_(min=0))
+        slots = _slots(block_table[members], index, k_cache)
         keys, values = (
-            c.flatten(0, 1)[slots.masked_fill(~exists, 0)]
-            .masked_fill_(~exists[..., None, None], 0.0)
-            .transpose(1, 2)
-            .contiguous()
-            for c in (k_cache, v_cache)
+            c.flatten(0, 1).index_select(0, slots.view(-1)).view(*slots.shape, *c.shape[2:]) for c in (k_cache, v_cache)
         )
         at = end - num_queries + torch.arange(num_queries)
         visible = _visible(at, positions, causal, window) & exists.unsqueeze(1)
@@ -308,16 +300,12 @@ def _paged_attention_cpu(
     return out
 
 
-def _last_index(block_table: torch.Tensor, k_cache: torch.Tensor) -> int:
-    return block_table.shape[1] * k_cache.shape[1] - 1
-
-
 def _attend_groups(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float
 ) -> torch.Tensor:
     """``_attend_cpu`` for q [B, Q, H, D]: the query heads that share a key head become rows of one product."""
     batch, num_queries, heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
+    kv_heads = keys.shape[2]
     group = heads // kv_heads
     rows = q.view(batch, num_queries, kv_heads, group, head_dim).transpose(1, 2).flatten(2, 3)
     out = _attend_cpu(rows, keys, values, visible.repeat_interleave(group, 1).unsqueeze(1), scale, softcap)
