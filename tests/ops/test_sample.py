@@ -11,8 +11,6 @@ from batchproof.numerics import bits_equal, first_mismatch
 from batchproof.ops import sample as module
 from batchproof.ops._triton import tl, triton
 from batchproof.ops.sample import (
-    _noise_of_words,
-    _random_words_block,
     argmax,
     argmax_reference,
     check_sampling,
@@ -21,9 +19,11 @@ from batchproof.ops.sample import (
     gumbel_noise_reference,
     launch_best,
     launch_noise,
+    noise_block,
     noise_of_words,
     philox4x32,
     random_words,
+    random_words_block,
     sample,
     sample_reference,
 )
@@ -37,14 +37,14 @@ BATCHES = (1, 2, 3, 8, 33, 255, 256, 257)
 @triton.jit
 def words_kernel(seeds_ptr, positions_ptr, out_ptr, first, BLOCK: tl.constexpr):
     row = tl.program_id(0)
-    words = _random_words_block(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), first, BLOCK)
+    words = random_words_block(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), first, BLOCK)
     tl.store(out_ptr + row * BLOCK + tl.arange(0, BLOCK), words.to(tl.int64))
 
 
 @triton.jit
 def noise_of_words_kernel(words_ptr, out_ptr, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
-    tl.store(out_ptr + columns, _noise_of_words(tl.load(words_ptr + columns).to(tl.uint32)))
+    tl.store(out_ptr + columns, noise_block(tl.load(words_ptr + columns).to(tl.uint32)))
 
 
 def philox_of_ints(counter, key):

@@ -94,9 +94,10 @@ def verify(
             failures[answer.record.id] = str(error)
     for stage, engine, requests in _stages(generator, [request for _, request in runnable.values()], seed):
         for completion in engine.run(requests):
-            if completion.request.id not in runnable:  # a neighbour
+            found = runnable.get(completion.request.id)
+            if found is None or found[1] is not completion.request:  # a neighbour
                 continue
-            answer, _ = runnable[completion.request.id]
+            answer, _ = found
             difference = _difference(answer.value, generator.answer(answer.record, completion))
             if difference:
                 failures.setdefault(answer.record.id, f"{difference} {stage}")

@@ -8,7 +8,7 @@ Invariance: keys are taken in tiles of TILE at absolute positions of their own s
 online softmax in fp32, by one tile shape for every batch. A masked key adds an exact zero and a fully masked tile
 changes nothing, so a query's bits depend on its own row, its sequence's keys up to its position and the scalars:
 not on how many queries came with it, on neighbours, on the block table's layout or the page size.
-On the CPU scores and outputs are exact sums (see ``_exact``), which have no order.
+On the CPU scores and outputs are exact sums (see ``_attention_cpu``), which have no order.
 
 Source: Dao et al., FlashAttention, 2022 (online softmax); Kwon et al., PagedAttention, 2023 (block tables).
 """
@@ -22,7 +22,7 @@ import torch
 
 from ..errors import ArgumentError, ShapeError
 from ..registry import OpSpec, register_spec
-from . import _exact
+from ._attention_cpu import attend_paged, slots_of, visible_keys
 from ._library import check_dtype, check_same, register_op, require_no_grad
 from ._triton import device_guard, tl, triton
 
@@ -31,7 +31,6 @@ __all__ = ["paged_attention", "paged_attention_reference"]
 TILE = 64  # keys per step of the online softmax, at absolute positions
 ROWS = 16  # query rows (tokens times query heads of one key head) per program, whatever the batch
 WARPS = 4
-_PROBABILITY_UNIT = 2.0**-30  # CPU: probabilities are summed in fixed point; 2**22 of them stay exact in float64
 
 
 def paged_attention_reference(
@@ -55,31 +54,17 @@ def paged_attention_reference(
     for i, num_keys in enumerate(seqused_k.tolist()):
         queries = q[bounds[i] : bounds[i + 1]].double()
         index = torch.arange(num_keys, device=q.device)
-        slots = _slots(block_table[i : i + 1], index, k_cache)[0]
+        slots = slots_of(block_table[i : i + 1], index, k_cache)[0]
         positions = index + (0 if k_start is None else k_start[i])
         keys, values = (c.flatten(0, 1)[slots].double().repeat_interleave(group, 1) for c in (k_cache, v_cache))
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * softmax_scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         at = positions[num_keys - queries.shape[0] :]
-        scores = scores.masked_fill(~_visible(at, positions, causal, window), -math.inf)
+        scores = scores.masked_fill(~visible_keys(at, positions, causal, window), -math.inf)
         probabilities = scores.softmax(-1).nan_to_num(0.0)
         out[bounds[i] : bounds[i + 1]] = torch.einsum("hqk,khd->qhd", probabilities, values).to(q.dtype)
     return out
-
-
-def _slots(block_table: torch.Tensor, index: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-    """Cache slots [B, K] of the keys at ``index`` [B, K] (or [K]) of block tables [B, P]."""
-    page_size = cache.shape[1]
-    pages = block_table.long().gather(1, (index // page_size).expand(block_table.shape[0], -1))
-    return pages * page_size + index % page_size
-
-
-def _visible(at: torch.Tensor, keys: torch.Tensor, causal: bool, window: int) -> torch.Tensor:
-    """[..., Q, K]: may the query at position ``at`` [..., Q] see the key at position ``keys`` [K]?"""
-    distance = at.unsqueeze(-1) - keys
-    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    return visible & (distance < window) if window else visible
 
 
 @triton.jit
@@ -198,154 +183,19 @@ def launch(
     return out
 
 
-def _attend_cpu(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float
-) -> torch.Tensor:
-    """Exact attention of q [B, H, Q, D] over keys and values [B, K, H, D]; ``visible`` [B, 1, Q, K]; float64 out."""
-    rounded, _, finite = _round_vectors(keys)
-    packed = _exact.Packed(rounded.transpose(-1, -2).split(_exact.CHUNK, dim=-2), _exact.bits_for(keys), finite)
-    scores = _exact.matmul_packed(q, packed).mul_(scale).float()
-    if softcap:
-        scores = softcap * _tanh(scores / softcap)
-    scores = scores.masked_fill_(~visible, -math.inf)
-    largest = scores.amax(-1, keepdim=True)
-    p = _exact.exp(scores.sub_(largest.masked_fill(largest == -math.inf, 0.0))).double()
-    normaliser = (p / _PROBABILITY_UNIT).round_().sum(-1, keepdim=True) * _PROBABILITY_UNIT
-    # Each key's values are rounded relative to the largest of that key alone: a unit taken over several keys would
-    # depend on which keys came along.
-    rounded, above, finite = _round_vectors(values)
-    if not finite:
-        rounded, above, _ = _round_vectors(values.nan_to_num(0.0, 0.0, 0.0))
-    packed = _exact.Packed(rounded.split(_exact.CHUNK, dim=-2), _exact.bits_for(values), finite=True)
-    out = _exact.matmul_packed(p, packed, above.transpose(-1, -2))
-    out = out.div_(normaliser.masked_fill_(normaliser == 0.0, 1.0))
-    return out if finite else _with_non_finite(out, p, values.transpose(1, 2).double())
+def _paged_attention_cpu(*arguments: Any) -> torch.Tensor:
+    _validate(*arguments)
+    return attend_paged(*arguments)
 
 
-def _round_vectors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """The vectors of x [B, K, H, D], each rounded relative to its largest value, as float64 [B, H, K, D].
-
-    With them the power of two above that value [B, H, K, 1] and whether all are finite; those that are not stay.
-    """
-    largest = x.double().abs_().amax(-1, keepdim=True).transpose(1, 2)  # amax is slow on 16-bit dtypes
-    above = _exact.power_of_two_above(largest)
-    rounded = torch.empty(*largest.shape[:3], x.shape[-1], dtype=torch.float64).copy_(x.transpose(1, 2))
-    finite = bool(largest.isfinite().all())
-    magic = above if finite else torch.where(largest.isfinite(), above, torch.zeros_like(above))
-    return _exact.round_rows_(rounded, magic, _exact.bits_for(x)[1]), above, finite
+def _paged_attention_cuda(*arguments: Any) -> torch.Tensor:
+    _validate(*arguments)
+    return launch(*arguments)
 
 
-def _with_non_finite(out: torch.Tensor, p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """``out`` where values that are not finite meet a probability above zero: a masked key's never count."""
-    seen = (p > 0.0).double()
-    counts = (
-        _exact.exact_matmul(seen, kind.double()) for kind in (values.isnan(), values == math.inf, values == -math.inf)
-    )
-    nan, plus, minus = (count > 0.0 for count in counts)
-    out = out.masked_fill(plus, math.inf).masked_fill(minus, -math.inf)
-    return out.masked_fill(nan | (plus & minus), math.nan)
-
-
-def _tanh(x: torch.Tensor) -> torch.Tensor:
-    """The hyperbolic tangent of float32, from exp of what is not positive."""
-    e = _exact.exp(-2.0 * x.abs())
-    return torch.where(x < 0, (e - 1.0) / (1.0 + e), (1.0 - e) / (1.0 + e))
-
-
-def _paged_attention_cpu(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    seqused_k: torch.Tensor,
-    block_table: torch.Tensor,
-    max_seqlen_q: int,
-    softmax_scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-    k_start: torch.Tensor | None,
-) -> torch.Tensor:
-    """Sequences with equally many queries are computed together: exact sums make the padding of keys harmless.
-
-    Keys that only fill up a shorter sequence are masked, and never read from another sequence's pages.
-    """
-    _validate(
-        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, max_seqlen_q, softmax_scale, window, softcap, k_start
-    )
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    bounds = cu_seqlens_q.tolist()
-    by_queries: dict[int, list[int]] = {}
-    for i in range(seqused_k.shape[0]):
-        by_queries.setdefault(bounds[i + 1] - bounds[i], []).append(i)
-    starts = torch.zeros_like(seqused_k) if k_start is None else k_start
-    for num_queries, members in by_queries.items():
-        if num_queries == 0:
-            continue
-        tokens = torch.tensor([range(bounds[i], bounds[i + 1]) for i in members])
-        first = starts[members].long().unsqueeze(-1)
-        end = first + seqused_k[members].long().unsqueeze(-1)
-        # Chunks of the exact product lie at absolute positions, as the GPU's tiles do.
-        positions = torch.arange(int(first.min()) // _exact.CHUNK * _exact.CHUNK, int(end.max()))
-        exists = (positions >= first) & (positions < end)
-        # Where a sequence has no key, its last one stands in: it is masked, and masked keys count as exact zeros.
-        index = torch.minimum((positions - first).clamp_(min=0), (end - first - 1).clamp_(min=0))
-        slots = _slots(block_table[members], index, k_cache)
-        keys, values = (
-            c.flatten(0, 1).index_select(0, slots.view(-1)).view(*slots.shape, *c.shape[2:]) for c in (k_cache, v_cache)
-        )
-        at = end - num_queries + torch.arange(num_queries)
-        visible = _visible(at, positions, causal, window) & exists.unsqueeze(1)
-        out[tokens] = _attend_groups(q[tokens], keys, values, visible, softmax_scale, softcap)
-    return out
-
-
-def _attend_groups(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float
-) -> torch.Tensor:
-    """``_attend_cpu`` for q [B, Q, H, D]: the query heads that share a key head become rows of one product."""
-    batch, num_queries, heads, head_dim = q.shape
-    kv_heads = keys.shape[2]
-    group = heads // kv_heads
-    rows = q.view(batch, num_queries, kv_heads, group, head_dim).transpose(1, 2).flatten(2, 3)
-    out = _attend_cpu(rows, keys, values, visible.repeat_interleave(group, 1).unsqueeze(1), scale, softcap)
-    return out.view(batch, kv_heads, num_queries, group, head_dim).transpose(1, 2).flatten(2, 3).to(q.dtype)
-
-
-def _paged_attention_cuda(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    seqused_k: torch.Tensor,
-    block_table: torch.Tensor,
-    max_seqlen_q: int,
-    softmax_scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-    k_start: torch.Tensor | None,
-) -> torch.Tensor:
-    _validate(
-        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, max_seqlen_q, softmax_scale, window, softcap, k_start
-    )
-    return launch(
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q,
-        seqused_k,
-        block_table,
-        max_seqlen_q,
-        softmax_scale,
-        causal,
-        window,
-        softcap,
-        k_start,
-    )
-
-
-def _paged_attention_fake(q: torch.Tensor, *arguments: Any) -> torch.Tensor:
+def _paged_attention_fake(*arguments: Any) -> torch.Tensor:
+    _validate(*arguments)
+    q: torch.Tensor = arguments[0]
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -358,6 +208,7 @@ def _validate(
     block_table: torch.Tensor,
     max_seqlen_q: int,
     softmax_scale: float,
+    causal: bool,
     window: int,
     softcap: float,
     k_start: torch.Tensor | None,
