@@ -23,6 +23,7 @@ PROMPTS = ("In the beginning", "The king said unto him,", "A program is", "And i
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
     parser.add_argument("--model", help="folder or hub id; default: the built-in model")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded for each prompt")
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Time the contenders at every batch size; the result file's rows."""
     stock, tokenizer = load_stock(options.model)
     tokenizer.padding_side = "left"
     generator = Generator.load(options.model)
@@ -42,15 +44,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "continuous": lambda ids=ids: _continuous(stock, ids, options.tokens),
             "batchproof": lambda ids=ids: _batchproof(generator, ids, options.tokens),
         }
-        best = {name: 0.0 for name in contenders}
+        best = dict.fromkeys(contenders, 0.0)
         for contender in contenders.values():
             contender()
         for _ in range(options.repeats):
             for name, contender in contenders.items():
-                start = time.process_time()
+                start = time.perf_counter()
                 count = contender()
-                best[name] = max(best[name], count / (time.process_time() - start))
-        rows.append({"batch_size": batch_size, **{f"{name}_tokens_per_s": round(rate, 1) for name, rate in best.items()}})
+                best[name] = max(best[name], count / (time.perf_counter() - start))
+        rates = {f"{name}_tokens_per_s": round(rate, 1) for name, rate in best.items()}
+        rows.append({"batch_size": batch_size, **rates})
         print(rows[-1], flush=True)
     return {"model": generator.name, "digest": generator.digest, "tokens": options.tokens, "rows": rows}
 

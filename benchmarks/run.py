@@ -20,6 +20,7 @@ BENCHMARKS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("benc
 
 
 def main() -> int:
+    """Run one benchmark and write its result file."""
     sys.path.insert(0, str(HERE))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/<device>/<name>.json")

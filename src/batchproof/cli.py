@@ -26,7 +26,7 @@ a prompt record:
 
   id           default: line-N
   max_tokens   default 64
-  temperature  default 0, which is greedy
+  temperature  default 0, which is greedy; else 1e-6 to 1e6
   top_p, top_k default 1 and 0, which filter nothing
   seed         default 0; the noise of a token is keyed by (seed, its position)
 
@@ -86,20 +86,34 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: the GPU if there is one")
         return sub
 
+    def dtype(sub: argparse.ArgumentParser) -> None:
+        choices = ("auto", "float32", "float16", "bfloat16")
+        sub.add_argument("--dtype", default="auto", choices=choices, help="default: the checkpoint's")
+
     generate = command("generate", "answer a file of prompts, with receipts", _GENERATE, _generate)
-    generate.add_argument("--in", dest="prompts", type=Path, required=True, metavar="PROMPTS.jsonl")
-    generate.add_argument("--out", dest="answers", type=Path, required=True, metavar="ANSWERS.jsonl")
-    generate.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="default: %(default)s")
-    generate.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+    generate.add_argument("--in", dest="prompts", type=Path, required=True, metavar="PROMPTS.jsonl", help="read these")
+    generate.add_argument(
+        "--out", dest="answers", type=Path, required=True, metavar="ANSWERS.jsonl", help="append to these"
+    )
+    generate.add_argument(
+        "--batch-size", type=_positive, default=32, metavar="N", help="most at once; default: %(default)s"
+    )
+    dtype(generate)
 
     verify = command("verify", "check answers again", _VERIFY, _verify)
-    verify.add_argument("answers", type=Path, metavar="ANSWERS.jsonl")
+    verify.add_argument("answers", type=Path, metavar="ANSWERS.jsonl", help="what generate wrote")
     verify.add_argument("--sample", type=_positive, metavar="N", help="check N records, drawn at random")
     verify.add_argument("--seed", type=int, default=0, help="of the sample, the order and the company; default 0")
-    verify.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+    dtype(verify)
 
     demo = command("demo", "stock transformers against batchproof, here and now", _DEMO, _demo)
-    demo.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="default: %(default)s")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo_out"),
+        metavar="DIR",
+        help="for the plot and answers; default: %(default)s",
+    )
     return parser
 
 

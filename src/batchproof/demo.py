@@ -12,7 +12,6 @@ import hashlib
 import random
 import shlex
 import time
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +47,7 @@ Originally, at the laboratory, this was / And there was a great famine in the la
 The word of the prophet came the second time, saying,
 """
 _SHORT = " ".join(_BEGINNINGS.split()).split(" / ")
-_PROMPTS = (*_SHORT, *(" ".join(_SHORT[:count]) for count in (2, 3, 4, 6, 8, 12, 16, 32)))
+_PROMPTS = (*_SHORT, *(" ".join(_SHORT[:count]) for count in (2, 4, 8, 16)))
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class _Plan:
     prompts: Sequence[str] = _PROMPTS
     batch_sizes: Sequence[int] = (1, 2, 3, 8, 33, len(_PROMPTS))
     steps: int = 4
-    answers: int = 8
+    answers: int = 6
     answer_tokens: int = 24
 
 
@@ -221,7 +220,7 @@ def _generate_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pl
         )  # fmt: skip
         outputs = model.generate_batch([prompts[number] for number in order], greedy, config)
         submitted = sorted(outputs.items(), key=lambda item: int(item[0].rpartition("_")[2]))
-        bits = [(output.generated_tokens, array("d", output.logprobs).tobytes()) for _, output in submitted]
+        bits = [(output.generated_tokens, repr(output.logprobs)) for _, output in submitted]
         return dict(zip(order, bits, strict=True))
 
     return run_requests
@@ -247,7 +246,7 @@ def _print_measured(columns: Sequence[_Column], plan: _Plan, setting: str) -> No
         print(f"  {column.name}: {column.failure or column.how}")
     if not any(sum(column.changed) for column in columns[:-1]):
         print("Stock transformers never changed a bit here either: these kernels happen not to look at the batch.")
-    print("\nNew tokens a second, prefill included:\n")
+    print("\nNew tokens a second, start and prefill of every run included:\n")
     grid([[f"{total * plan.steps / seconds:.0f}" for seconds in column.seconds] for column in columns])
 
 
@@ -291,9 +290,7 @@ def _plot(columns: Sequence[_Column], plan: _Plan, setting: str, path: Path) -> 
         bars = axes.bar(places, column.changed, width * 0.9, color=column.color, label=label)
         axes.bar_label(bars, color=column.color, fontweight="bold", fontsize=9, padding=1)
     axes.set_xticks(range(len(plan.batch_sizes)), _labels(plan))
-    axes.set_ylim(0, total * 1.08)
-    axes.set_xlabel("batch size")
-    axes.set_ylabel(f"requests changed, of {total}")
+    axes.set(xlabel="batch size", ylabel=f"requests changed, of {total}", ylim=(0, total * 1.08))
     axes.set_title("Requests whose logits change bits with the batch", loc="left", fontweight="bold", pad=22)
     axes.text(0, 1.02, setting, transform=axes.transAxes, color="0.35", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .errors import ModeError, UnsupportedError
+from .errors import DtypeError, ModeError, UnsupportedError
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -124,6 +124,7 @@ def _install(stack: ExitStack) -> None:
         for name, function in routes.items():
             for key in _KEYS:
                 _route(library, name, function, key)
+        library.impl(torch.ops.aten.linear.default, _linear, "CompositeImplicitAutograd")
     _decompose_attention(stack)
     stance = torch.compiler.set_stance("force_eager")
     stack.callback(stance.__exit__, None, None, None)
@@ -142,6 +143,13 @@ def _route(library: torch.library.Library, name: str, function: Callable[..., An
     in_place = getattr(torch.ops.aten, f"{packet}_", None)
     if in_place is not None and _arguments(in_place.default) == _arguments(base):
         _override(library, in_place.default, function, key, lambda result, args, out: args[0].copy_(result))
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``aten::linear`` by one route: torch's own adds the bias before or after rounding as x is contiguous or not."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _arguments(overload: Any) -> list[str]:
@@ -168,7 +176,11 @@ def _override(
                 f"want one of {', '.join(map(str, _ROUTED))}, or leave batch-invariant mode for this call"
             )
         out = kwargs.pop("out", None)
-        return deliver(function(*args, **kwargs), args, out)
+        with torch.no_grad():  # autograd, if it is wanted, has been recorded above this kernel
+            result = function(*args, **kwargs)
+        if out is not None and (out.dtype, out.device) != (result.dtype, result.device):
+            raise DtypeError(f"{overload}: out is {out.dtype} on {out.device}, want {result.dtype} on {result.device}")
+        return deliver(result, args, out)
 
     library.impl(overload, routed, key, with_keyset=True)
 

@@ -13,7 +13,7 @@ from .errors import ArgumentError
 
 __all__ = ["TOLERANCES", "Tolerance", "as_bits", "bits_equal", "first_mismatch", "ulp_distance"]
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,10 @@ def ulp_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
     if a.dtype != b.dtype or a.shape != b.shape:
         raise ArgumentError(f"ulp_distance needs one shape and dtype, got {a.shape} {a.dtype} and {b.shape} {b.dtype}")
-    distance = (_ordered(a) - _ordered(b)).abs()
+    left, right = _ordered(a), _ordered(b)
+    distance = (left - right).abs()
     far = torch.full_like(distance, torch.iinfo(torch.int64).max)
+    distance = torch.where((left // 2 - right // 2).abs() >= 2**62, far, distance)  # float64 of opposite signs
     distance = torch.where(a.isnan() != b.isnan(), far, distance)
     return torch.where(a.isnan() & b.isnan(), torch.zeros_like(distance), distance)
 

@@ -125,13 +125,15 @@ def test_empty(device):
 
 
 def test_table_values():
+    """Of the angle in fp32, as Hugging Face takes it: rounded before the cosine, not only after it."""
     cos_sin = rope_cos_sin(frequencies(8), 5000, scaling=1.25)
     assert cos_sin.dtype == torch.float32
     assert cos_sin.shape == (5000, 8)
     for position in (0, 1, 31, 32, 4999):
-        for i, frequency in enumerate(frequencies(8).double().tolist()):
-            assert cos_sin[position, i].item() == pytest.approx(1.25 * math.cos(position * frequency), abs=2.0**-24)
-            assert cos_sin[position, 4 + i].item() == pytest.approx(1.25 * math.sin(position * frequency), abs=2.0**-24)
+        angles = (torch.tensor(float(position)) * frequencies(8)).double().tolist()
+        for i, angle in enumerate(angles):
+            assert cos_sin[position, i].item() == pytest.approx(1.25 * math.cos(angle), abs=2.0**-24)
+            assert cos_sin[position, 4 + i].item() == pytest.approx(1.25 * math.sin(angle), abs=2.0**-24)
 
 
 @pytest.mark.parametrize("rot", [2, 6, 128, 6000])

@@ -211,7 +211,10 @@ class AnswerFile:
 
     def append(self, answer: Mapping[str, Any]) -> None:
         """Write one answer and have the kernel keep it."""
-        line = json.dumps(answer, ensure_ascii=False).encode() + b"\n"
+        text = json.dumps(answer, ensure_ascii=False)
+        for separator in ("\x85", "\u2028", "\u2029"):  # which some readers take for the end of a line
+            text = text.replace(separator, f"\\u{ord(separator):04x}")
+        line = text.encode() + b"\n"
         written = os.write(self._descriptor, line)
         while written < len(line):  # a full disk raises; a signal can shorten a write
             written += os.write(self._descriptor, line[written:])

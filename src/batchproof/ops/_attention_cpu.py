@@ -59,6 +59,8 @@ def attend_paged(
         end = first + seqused_k[members].long().unsqueeze(-1)
         # Chunks of the exact product lie at absolute positions, as the GPU's tiles do.
         positions = torch.arange(int(first.min()) // _exact.CHUNK * _exact.CHUNK, int(end.max()))
+        if positions.numel() == 0:
+            continue
         exists = (positions >= first) & (positions < end)
         # Where a sequence has no key, its last one stands in: it is masked, and masked keys count as exact zeros.
         index = torch.minimum((positions - first).clamp_(min=0), (end - first - 1).clamp_(min=0))
@@ -81,7 +83,12 @@ def _attend_groups(
     group = heads // kv_heads
     rows = q.view(batch, num_queries, kv_heads, group, head_dim).transpose(1, 2).flatten(2, 3)
     out = _attend_cpu(rows, keys, values, visible.repeat_interleave(group, 1).unsqueeze(1), scale, softcap)
-    return out.view(batch, kv_heads, num_queries, group, head_dim).transpose(1, 2).flatten(2, 3).to(q.dtype)
+    return (
+        _exact.rounded_to(out, q.dtype)
+        .view(batch, kv_heads, num_queries, group, head_dim)
+        .transpose(1, 2)
+        .flatten(2, 3)
+    )
 
 
 def _attend_cpu(

@@ -21,7 +21,18 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Packed", "exact_matmul", "exact_sum", "exp", "exp_float64", "log", "matmul_packed", "pack", "round_rows"]
+__all__ = [
+    "Packed",
+    "exact_matmul",
+    "exact_sum",
+    "exp",
+    "exp_float64",
+    "log",
+    "matmul_packed",
+    "pack",
+    "round_rows",
+    "rounded_to",
+]
 
 CHUNK = 1024  # K per exact product; longer sums are added chunk by chunk in ascending k
 # Bits of a slice of the left operand, which has two, and of the right operand, which has one; with the 10 bits of
@@ -48,8 +59,8 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def power_of_two_above(largest: torch.Tensor) -> torch.Tensor:
-    """The smallest power of two above each float64 value that is not negative; 2**-200 at least, inf for inf, NaN."""
-    return (largest.clamp_min(2.0**-201).view(torch.int64) & _EXPONENT_MASK).view(torch.float64) * 2.0
+    """The smallest power of two above each float64 value that is not negative; 2**-400 at least, inf for inf, NaN."""
+    return (largest.clamp_min(2.0**-401).view(torch.int64) & _EXPONENT_MASK).view(torch.float64) * 2.0
 
 
 def round_rows(x: torch.Tensor, above: torch.Tensor, bits: int) -> torch.Tensor:
@@ -75,6 +86,11 @@ def _all_finite(largest: torch.Tensor) -> bool:
 def canonical_nan(x: torch.Tensor) -> torch.Tensor:
     """``x`` with one bit pattern for every NaN: which operand's payload survives depends on the order of a sum."""
     return torch.where(x.isnan(), torch.full_like(x, math.nan), x)
+
+
+def rounded_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` in ``dtype``, NaN with one bit pattern: torch's vector and tail code disagree on the one they write."""
+    return x.to(dtype).masked_fill_(x.isnan(), math.nan)
 
 
 def exact_sum(x: torch.Tensor) -> torch.Tensor:

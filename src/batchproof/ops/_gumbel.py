@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 
 from . import _exact
-from ._triton import tl, triton
+from ._triton import device_guard, tl, triton
 
-__all__ = ["noise_block", "noise_of_words", "philox4x32", "random_words", "random_words_block", "survival"]
+__all__ = [
+    "launch_noise",
+    "noise_block",
+    "noise_of_words",
+    "philox4x32",
+    "random_words",
+    "random_words_block",
+    "survival",
+]
 
+BLOCK = 2048  # columns a program; any cut gives the same words and tokens, so this is for speed alone
+NUM_WARPS = 4
 _WORD = 0xFFFFFFFF
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -72,3 +82,25 @@ def noise_block(words):
     for n in tl.static_range(8):
         series = series * v + 1.0 / (8 - n)
     return -tl.log(tl.where(v < 0.125, series * v, -tl.log(1.0 - v)))
+
+
+@triton.jit(do_not_specialize=["vocab_size"])
+def _gumbel_noise_kernel(seeds_ptr, positions_ptr, noise_ptr, vocab_size: tl.int64, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    words = random_words_block(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), first, BLOCK)
+    tl.store(noise_ptr + row * vocab_size + columns, noise_block(words), mask=columns < vocab_size)
+
+
+def launch_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Run the noise kernel: fp32 [num_tokens, vocab_size]."""
+    noise = seeds.new_empty(seeds.shape[0], vocab_size, dtype=torch.float32)
+    if seeds.numel():
+        grid = (seeds.shape[0], triton.cdiv(vocab_size, BLOCK))
+        with device_guard(seeds):
+            _gumbel_noise_kernel[grid](
+                seeds.contiguous(), positions.contiguous(), noise, vocab_size,
+                BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+    return noise

@@ -71,12 +71,16 @@ def check_positive(op: str, name: str, value: float) -> None:
 
 
 def check_writable(op: str, name: str, tensor: torch.Tensor) -> None:
-    """LayoutError if two elements of ``tensor`` share memory, so that it cannot be written in place."""
-    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise LayoutError(
-            f"{op}: {name} is written in place, but has stride 0 (shape {tuple(tensor.shape)}, "
-            f"stride {tensor.stride()}); want a tensor whose elements do not share memory"
-        )
+    """LayoutError if two elements of ``tensor`` may share memory, so that it cannot be written in place."""
+    extent = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1:
+            if stride < extent:
+                raise LayoutError(
+                    f"{op}: {name} is written in place, but has shape {tuple(tensor.shape)} and stride "
+                    f"{tensor.stride()}; want a tensor whose elements do not share memory"
+                )
+            extent += (size - 1) * stride
 
 
 def check_no_overlap(op: str, name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -93,22 +97,22 @@ def check_no_overlap(op: str, name: str, tensor: torch.Tensor, other_name: str, 
 
 
 def _ranges_meet(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-    (a_start, a_end), (b_start, b_end) = _byte_range(a), _byte_range(b)
-    return a_start < b_end and b_start < a_end
+    return a.data_ptr() < b.data_ptr() + _extent(b) and b.data_ptr() < a.data_ptr() + _extent(a)
 
 
-def _byte_range(t: torch.Tensor) -> tuple[int, int]:
-    start = int(t.storage_offset()) * t.element_size()
+def _extent(t: torch.Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
     last = sum((int(size) - 1) * int(stride) for size, stride in zip(t.shape, t.stride(), strict=True))
-    return start, start + (last + 1) * t.element_size()
+    return (last + 1) * t.element_size()
 
 
 def _interleaved(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether both are rows of one pitch, in disjoint columns of it."""
     if a.dim() != 2 or a.stride() != b.stride() or a.dtype != b.dtype or a.stride(1) != 1:
         return False
+    shift_bytes = b.data_ptr() - a.data_ptr()
     pitch = a.stride(0)
-    shift = (b.storage_offset() - a.storage_offset()) % pitch if pitch else 0
+    if pitch == 0 or shift_bytes % a.element_size():
+        return False
+    shift = shift_bytes // a.element_size() % pitch
     return a.shape[1] <= shift and shift + b.shape[1] <= pitch

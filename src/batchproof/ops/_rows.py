@@ -1,4 +1,4 @@
-"""What the row reductions (softmax, mean) share: how a row is laid out and launched."""
+"""What the ops on rows share: how rows are laid out, addressed and launched."""
 
 from __future__ import annotations
 
@@ -54,3 +54,36 @@ def cast_first(op: str, x: torch.Tensor, dtype: torch.dtype | None) -> tuple[tor
     if dtype not in FLOAT_DTYPES:
         raise DtypeError(f"{op}: dtype is {dtype}, want one of {', '.join(map(str, FLOAT_DTYPES))}")
     return (x if dtype == torch.float32 else x.to(dtype)), dtype
+
+
+def as_rows(t: torch.Tensor) -> torch.Tensor:
+    """``t`` [..., hidden] as [outer, inner, hidden] without a copy; RuntimeError if its strides do not allow it."""
+    if t.dim() <= 2:
+        return t.view(-1, t.shape[-1]).unsqueeze(1) if t.dim() == 1 else t.unsqueeze(1)
+    return t if t.dim() == 3 else t.view(-1, *t.shape[-2:])
+
+
+def row_strides(t: torch.Tensor | None) -> tuple[int, int]:
+    """Outer and inner stride in elements; 0 along an axis of one row."""
+    if t is None:
+        return 0, 0
+    rows = as_rows(t)
+    return tuple(step if size > 1 else 0 for size, step in zip(rows.shape[:2], rows.stride()[:2], strict=True))  # type: ignore[return-value]
+
+
+def addressable(t: torch.Tensor, vec: int) -> bool:
+    """Whether the kernel can address ``t``: unit stride, 16-byte base, row strides in units of ``vec`` elements."""
+    if t.data_ptr() % 16 or (t.stride(-1) != 1 and t.shape[-1] > 1):
+        return False
+    try:
+        return all(step % vec == 0 for step in row_strides(t))
+    except RuntimeError:
+        return False
+
+
+def readable(t: torch.Tensor | None, vec: int) -> torch.Tensor | None:
+    return t if t is None or addressable(t, vec) else t.clone(memory_format=torch.contiguous_format)
+
+
+def writable(t: torch.Tensor | None, vec: int) -> torch.Tensor | None:
+    return t if t is None or addressable(t, vec) else torch.empty_like(t, memory_format=torch.contiguous_format)

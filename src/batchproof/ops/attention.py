@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, ShapeError
+from ..errors import ArgumentError, DeviceError, ShapeError
 from ..registry import OpSpec, register_spec
 from ._attention_cpu import attend_paged, slots_of, visible_keys
 from ._library import check_dtype, check_same, register_op, require_no_grad
@@ -71,6 +71,17 @@ def paged_attention_reference(
 def _softcap(scores, cap):
     """The soft cap, cap * tanh(scores / cap), with tanh(x) = 1 - 2 / (exp(2 x) + 1)."""
     return cap * (1.0 - 2.0 / (tl.exp(2.0 * (scores / cap)) + 1.0))
+
+
+@triton.jit
+def _odd_values(probabilities, v):
+    """What infinities and NaN in ``v`` add to the output: nothing where the probability is zero, as of masked keys."""
+    seen = (probabilities > 0.0).to(tl.float16)
+    nan = tl.dot(seen, (v != v).to(tl.float16)) > 0.0
+    plus = tl.dot(seen, (v.to(tl.float32) == float("inf")).to(tl.float16)) > 0.0
+    minus = tl.dot(seen, (v.to(tl.float32) == float("-inf")).to(tl.float16)) > 0.0
+    out = tl.where(plus, float("inf"), tl.where(minus, float("-inf"), 0.0))
+    return tl.where(nan | (plus & minus), float("nan"), out)
 
 
 @triton.jit(do_not_specialize=["table_row", "softmax_scale", "softcap", "window", "page_size"])
@@ -138,7 +149,11 @@ def _paged_attention_kernel(
         v_offsets = page[:, None] * v_page + slot[:, None] * v_slot + kv_head * v_head + dims[None, :]
         v = tl.load(v_ptr + v_offsets, mask=key_mask[:, None] & dim_mask[None, :], other=0.0)
         total = total * rescale[:, None]
-        total = tl.dot(probabilities.to(v.dtype), v, total, input_precision="ieee")
+        odd = (v != v) | (tl.abs(v.to(tl.float32)) == float("inf"))
+        clean = tl.where(odd, tl.zeros_like(v), v)
+        total = tl.dot(probabilities.to(v.dtype), clean, total, input_precision="ieee")
+        if tl.max(tl.max(odd.to(tl.int32), axis=1), axis=0) > 0:
+            total += _odd_values(probabilities, v)
         largest = new_largest
 
     out = total / tl.where(normaliser == 0.0, 1.0, normaliser)[:, None]
@@ -160,12 +175,16 @@ def launch(
     softcap: float,
     k_start: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Run the kernel; every tensor must have unit stride on its last axis."""
+    """Run the kernel, which wants unit stride on every tensor's last axis."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     num_sequences, kv_heads = seqused_k.shape[0], k_cache.shape[2]
     if out.numel() == 0 or num_sequences == 0 or max_seqlen_q == 0:
         return out
-    q, k_cache, v_cache = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k_cache, v_cache))
+    q, k_cache, v_cache, block_table = (
+        t if t.stride(-1) == 1 else t.contiguous() for t in (q, k_cache, v_cache, block_table)
+    )
+    cu_seqlens_q, seqused_k = cu_seqlens_q.contiguous(), seqused_k.contiguous()
+    k_start = None if k_start is None else k_start.contiguous()
     group = q.shape[1] // kv_heads
     group_padded = triton.next_power_of_2(group)
     rows = max(ROWS, group_padded)
@@ -222,8 +241,15 @@ def _validate(
                 f"{op}: q has shape {tuple(q.shape)} and {name} {tuple(cache.shape)}, want [num_tokens, num_heads, "
                 "head_dim] and [num_pages, page_size, num_kv_heads, head_dim] with num_heads a multiple of num_kv_heads"
             )
-    for name, index in (("cu_seqlens_q", cu_seqlens_q), ("seqused_k", seqused_k), ("block_table", block_table)):
+    if v_cache.shape != k_cache.shape:
+        raise ShapeError(f"{op}: v_cache has shape {tuple(v_cache.shape)}, want {tuple(k_cache.shape)} as k_cache has")
+    indices = {"cu_seqlens_q": cu_seqlens_q, "seqused_k": seqused_k, "block_table": block_table, "k_start": k_start}
+    for name, index in indices.items():
+        if index is None:
+            continue
         check_dtype(op, name, index, (torch.int32, torch.int64))
+        if index.device != q.device:
+            raise DeviceError(f"{op}: {name} is on {index.device}, want {q.device} where q is")
     sequences = seqused_k.shape[0]
     if k_start is not None and k_start.shape != (sequences,):
         raise ShapeError(f"{op}: k_start has shape {tuple(k_start.shape)}, want ({sequences},)")

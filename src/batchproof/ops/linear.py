@@ -11,6 +11,7 @@ On the CPU the sum is exact in float64, so it has no order (see ``_exact``), and
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +125,7 @@ class _PackedWeights:
 
     def __init__(self) -> None:
         self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
 
     def get(self, weight: torch.Tensor) -> _exact.Packed:
         """The packed transpose of ``weight`` [N, K]."""
@@ -133,10 +135,11 @@ class _PackedWeights:
             packed: _exact.Packed = kept[1]
             return packed
         packed = _exact.pack(weight.t())
-        self._kept.pop(weight, None)
         size = sum(chunk.nbytes for chunk in packed.chunks)
-        if size + sum(c.nbytes for _, other in self._kept.values() for c in other.chunks) <= PACKED_LIMIT:
-            self._kept[weight] = (_as_words(weight).clone(), packed)
+        with self._lock:
+            self._kept.pop(weight, None)
+            if size + sum(c.nbytes for _, other in self._kept.values() for c in other.chunks) <= PACKED_LIMIT:
+                self._kept[weight] = (_as_words(weight).clone(), packed)
         return packed
 
 
@@ -182,7 +185,7 @@ def _linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         return linear_reference(x, weight, bias)
     out = _exact.matmul_packed(x.reshape(-1, x.shape[-1]), _packed_weights.get(weight))
     out = out if bias is None else out + bias.double()
-    return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return _exact.rounded_to(out, x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_cuda(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -206,7 +209,7 @@ def _baddbmm_cpu(
         out = _exact.exact_matmul(a, b)
     if bias is not None:
         out = out * alpha + (bias.double() * beta if beta else 0.0)
-    return out.to(a.dtype)
+    return _exact.rounded_to(out, a.dtype)
 
 
 def _baddbmm_cuda(
@@ -348,6 +351,10 @@ register_spec(
             "bmm.dtype": _no_out_dtype,
             "addmm.dtype": _no_out_dtype,
             "baddbmm.dtype": _no_out_dtype,
+            "mm.dtype_out": _no_out_dtype,
+            "bmm.dtype_out": _no_out_dtype,
+            "addmm.dtype_out": _no_out_dtype,
+            "baddbmm.dtype_out": _no_out_dtype,
         },
     )
 )

@@ -33,6 +33,7 @@ from ._library import (
     register_op,
     require_no_grad,
 )
+from ._rows import readable, row_strides, writable
 from ._triton import device_guard, tl, triton
 
 __all__ = ["add_rms_norm", "add_rms_norm_reference", "fused_add_rms_norm", "rms_norm", "rms_norm_reference"]
@@ -133,12 +134,12 @@ def launch(
     hidden_size = x.shape[-1]
     vec = 16 // x.element_size()
     vec = vec if hidden_size % vec == 0 else 1
-    sources = [_readable(t, vec) for t in (x, residual)]
-    targets = [_writable(t, vec) for t in (out, residual_out)]
+    sources = [readable(t, vec) for t in (x, residual)]
+    targets = [writable(t, vec) for t in (out, residual_out)]
     block = min(triton.next_power_of_2(hidden_size), MAX_BLOCK)
     warps = next(count for widest, count in NUM_WARPS if block <= widest)
-    pointers: list[Any] = [*sources, _readable(weight, 1), *targets]
-    strides = [step // vec for t in (*sources, *targets) for step in _strides(t)]
+    pointers: list[Any] = [*sources, readable(weight, 1), *targets]
+    strides = [step // vec for t in (*sources, *targets) for step in row_strides(t)]
     with device_guard(x):
         _rms_norm_kernel[(x.numel() // hidden_size,)](
             *pointers,
@@ -158,39 +159,6 @@ def launch(
     for original, target in zip((out, residual_out), targets, strict=True):
         if original is not None and target is not None and target is not original:
             original.copy_(target)
-
-
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """``t`` [..., hidden] as [outer, inner, hidden] without a copy; RuntimeError if its strides do not allow it."""
-    if t.dim() <= 2:
-        return t.view(-1, t.shape[-1]).unsqueeze(1) if t.dim() == 1 else t.unsqueeze(1)
-    return t if t.dim() == 3 else t.view(-1, *t.shape[-2:])
-
-
-def _strides(t: torch.Tensor | None) -> tuple[int, int]:
-    """Outer and inner stride in elements; 0 along an axis of one row."""
-    if t is None:
-        return 0, 0
-    rows = _rows(t)
-    return tuple(step if size > 1 else 0 for size, step in zip(rows.shape[:2], rows.stride()[:2], strict=True))  # type: ignore[return-value]
-
-
-def _fits(t: torch.Tensor, vec: int) -> bool:
-    """Whether the kernel can address ``t``: unit stride, 16-byte base, row strides in units of ``vec`` elements."""
-    if t.data_ptr() % 16 or (t.stride(-1) != 1 and t.shape[-1] > 1):
-        return False
-    try:
-        return all(step % vec == 0 for step in _strides(t))
-    except RuntimeError:
-        return False
-
-
-def _readable(t: torch.Tensor | None, vec: int) -> torch.Tensor | None:
-    return t if t is None or _fits(t, vec) else t.clone(memory_format=torch.contiguous_format)
-
-
-def _writable(t: torch.Tensor | None, vec: int) -> torch.Tensor | None:
-    return t if t is None or _fits(t, vec) else torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _validate(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float) -> None:
@@ -225,10 +193,14 @@ def _normalise_cpu(x: torch.Tensor, weight: torch.Tensor | None, eps: float, gem
     mean = _exact.exact_sum(wide * wide).unsqueeze(-1) / x.shape[-1]
     y = wide * (1.0 / (mean + eps).sqrt())
     if weight is None:
-        return y.to(x.dtype)
-    if gemma:
-        return (y * (weight.double() + 1.0)).to(x.dtype)
-    return y.to(x.dtype) * weight
+        return _exact.rounded_to(y, x.dtype)
+    wide_weight = weight.double()
+    y = y * (wide_weight + 1.0) if gemma else y.to(x.dtype).double() * wide_weight
+    return _exact.rounded_to(y, x.dtype)
+
+
+def _residual_sum(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return _exact.rounded_to(x.double() + residual.double(), x.dtype)
 
 
 def _rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor | None, eps: float, gemma: bool) -> torch.Tensor:
@@ -252,7 +224,7 @@ def _add_rms_norm_cpu(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, gemma: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _validate("add_rms_norm", x, residual, weight, eps)
-    total = (x + residual).contiguous()
+    total = _residual_sum(x, residual).contiguous()
     return _normalise_cpu(total, weight, eps, gemma), total
 
 
@@ -277,7 +249,7 @@ def _fused_add_rms_norm_cpu(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, gemma: bool
 ) -> None:
     _validate_in_place(x, residual, weight, eps)
-    residual.add_(x)
+    residual.copy_(_residual_sum(x, residual))
     x.copy_(_normalise_cpu(residual, weight, eps, gemma))
 
 

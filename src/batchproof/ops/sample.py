@@ -26,10 +26,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, DeviceError, ShapeError
 from ..registry import Inputs, OpSpec, register_spec
-from ._gumbel import noise_block, noise_of_words, philox4x32, random_words, random_words_block, survival
-from ._library import check_dtype, register_op, require_no_grad
+from ._gumbel import (
+    BLOCK,
+    NUM_WARPS,
+    launch_noise,
+    noise_block,
+    noise_of_words,
+    philox4x32,
+    random_words,
+    random_words_block,
+    survival,
+)
+from ._library import register_op, require_no_grad
+from ._sample_checks import check_sampling, validate_argmax, validate_noise, validate_sample
 from ._triton import device_guard, tl, triton
 from .softmax import softmax
 
@@ -44,9 +54,6 @@ __all__ = [
     "sample_reference",
 ]
 
-BLOCK = 2048  # columns a program; any cut gives the same tokens, so this is for speed alone
-NUM_WARPS = 4
-MAX_VOCAB = 65535 * BLOCK  # the second axis of a CUDA grid
 MASS_BITS = 40  # top-p adds probabilities as multiples of 2**-40; one under 2**-41 counts as none
 
 
@@ -86,15 +93,6 @@ def sample_reference(
         kept = ranked.sort().values
         tokens[row] = kept[argmax_reference((x + noise[row])[kept].unsqueeze(0))].squeeze(0)
     return tokens
-
-
-@triton.jit(do_not_specialize=["vocab_size"])
-def _gumbel_noise_kernel(seeds_ptr, positions_ptr, noise_ptr, vocab_size: tl.int64, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BLOCK
-    columns = first + tl.arange(0, BLOCK)
-    words = random_words_block(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), first, BLOCK)
-    tl.store(noise_ptr + row * vocab_size + columns, noise_block(words), mask=columns < vocab_size)
 
 
 @triton.jit(do_not_specialize=["row_stride", "vocab_size"])
@@ -145,19 +143,6 @@ def _row_best_kernel(
     tl.store(out_ptr + row, tl.where(valid, index, -1))
 
 
-def launch_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Run the noise kernel: fp32 [num_tokens, vocab_size]."""
-    noise = seeds.new_empty(seeds.shape[0], vocab_size, dtype=torch.float32)
-    if seeds.numel():
-        grid = (seeds.shape[0], triton.cdiv(vocab_size, BLOCK))
-        with device_guard(seeds):
-            _gumbel_noise_kernel[grid](
-                seeds.contiguous(), positions.contiguous(), noise, vocab_size,
-                BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
-    return noise
-
-
 def launch_best(x: Tensor, *rows: Tensor | None) -> Tensor:
     """Argmax of ``x``; or given seeds, positions, temperature, top_k and top_p, Gumbel-max.
 
@@ -182,63 +167,6 @@ def launch_best(x: Tensor, *rows: Tensor | None) -> Tensor:
             HAS_TOP_K=top_k is not None, HAS_TOP_P=top_p is not None, num_warps=1,
         )  # fmt: skip
     return out
-
-
-def _check_rows(op: str, num_tokens: int, device: torch.device, **rows: Tensor | None) -> None:
-    """Each of ``rows`` is None or [num_tokens] of the dtype its name asks for, on ``device``."""
-    for name, tensor in rows.items():
-        if tensor is None:
-            continue
-        check_dtype(op, name, tensor, (torch.float32 if name in ("temperature", "top_p") else torch.int64,))
-        if tensor.shape != (num_tokens,):
-            raise ShapeError(f"{op}: {name} has shape {tuple(tensor.shape)}, want ({num_tokens},), one value a token")
-        if tensor.device != device:
-            raise DeviceError(f"{op}: {name} is on {tensor.device}, want {device} where the others are")
-
-
-def _check_vocab(op: str, vocab_size: int) -> None:
-    if not 1 <= vocab_size <= MAX_VOCAB:
-        raise ShapeError(f"{op}: the vocabulary has {vocab_size} entries, want 1 to {MAX_VOCAB}")
-
-
-def _validate_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> None:
-    if seeds.dim() != 1:
-        raise ShapeError(f"gumbel_noise: seeds has shape {tuple(seeds.shape)}, want [num_tokens]")
-    _check_rows("gumbel_noise", seeds.shape[0], seeds.device, seeds=seeds, positions=positions)
-    _check_vocab("gumbel_noise", vocab_size)
-
-
-def _validate_argmax(x: Tensor, op: str = "argmax", name: str = "x") -> None:
-    check_dtype(op, name, x)
-    if x.dim() != 2:
-        raise ShapeError(f"{op}: {name} has shape {tuple(x.shape)}, want [num_tokens, vocab_size]")
-    _check_vocab(op, x.shape[1])
-
-
-def _validate_sample(
-    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None
-) -> None:
-    _validate_argmax(logits, "sample", "logits")
-    rows = {"seeds": seeds, "positions": positions, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    _check_rows("sample", logits.shape[0], logits.device, **rows)
-
-
-def check_sampling(temperature: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None) -> None:
-    """ArgumentError unless temperature is finite and not negative, top_k not negative and top_p in (0, 1].
-
-    For the host's copy of the parameters, before they go to a GPU, where ``sample`` does not wait to read them.
-    """
-    _check_values("temperature", temperature, (temperature >= 0) & temperature.isfinite(), "finite and not negative")
-    if top_k is not None:
-        _check_values("top_k", top_k, top_k >= 0, "not negative (0 keeps all)")
-    if top_p is not None:
-        _check_values("top_p", top_p, (top_p > 0) & (top_p <= 1), "in (0, 1]")
-
-
-def _check_values(name: str, values: Tensor, good: Tensor, wanted: str) -> None:
-    if not bool(good.all()):
-        row = int((~good).nonzero()[0])
-        raise ArgumentError(f"sample: {name}[{row}] is {values[row].item()}, want it {wanted}")
 
 
 def _scale(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -271,41 +199,41 @@ def filter_logits(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top
 
 
 def _gumbel_noise_cpu(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    _validate_noise(seeds, positions, vocab_size)
+    validate_noise(seeds, positions, vocab_size)
     return noise_of_words(random_words(seeds, positions, vocab_size))
 
 
 def _gumbel_noise_cuda(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    _validate_noise(seeds, positions, vocab_size)
+    validate_noise(seeds, positions, vocab_size)
     return launch_noise(seeds, positions, vocab_size)
 
 
 def _gumbel_noise_fake(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    _validate_noise(seeds, positions, vocab_size)
+    validate_noise(seeds, positions, vocab_size)
     return seeds.new_empty(seeds.shape[0], vocab_size, dtype=torch.float32)
 
 
 def _argmax_cpu(x: Tensor) -> Tensor:
-    _validate_argmax(x)
+    validate_argmax(x)
     x = x.masked_fill(x.isnan(), -torch.inf)
     columns = torch.arange(x.shape[1]).expand_as(x)
     return columns.masked_fill(x != x.amax(-1, keepdim=True), x.shape[1]).amin(-1)
 
 
 def _argmax_cuda(x: Tensor) -> Tensor:
-    _validate_argmax(x)
+    validate_argmax(x)
     return launch_best(x)
 
 
 def _argmax_fake(x: Tensor) -> Tensor:
-    _validate_argmax(x)
+    validate_argmax(x)
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
 def _sample_cpu(
     logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None
 ) -> Tensor:
-    _validate_sample(logits, seeds, positions, temperature, top_k, top_p)
+    validate_sample(logits, seeds, positions, temperature, top_k, top_p)
     check_sampling(temperature, top_k, top_p)
     tokens = _argmax_cpu(logits)
     drawn = temperature > 0
@@ -328,7 +256,7 @@ def _sample_cpu(
 def _sample_cuda(
     logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None
 ) -> Tensor:
-    _validate_sample(logits, seeds, positions, temperature, top_k, top_p)
+    validate_sample(logits, seeds, positions, temperature, top_k, top_p)
     if logits.shape[0] and (top_k is not None or top_p is not None):
         logits = filter_logits(logits, temperature, top_k, top_p)
     return launch_best(logits, seeds, positions, temperature, top_k, top_p)
@@ -337,7 +265,7 @@ def _sample_cuda(
 def _sample_fake(
     logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None
 ) -> Tensor:
-    _validate_sample(logits, seeds, positions, temperature, top_k, top_p)
+    validate_sample(logits, seeds, positions, temperature, top_k, top_p)
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 

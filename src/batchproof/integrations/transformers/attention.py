@@ -57,8 +57,9 @@ def _padded_attention(
     queries_per_row = torch.full_like(lengths, num_queries) if keep is None else keep[:, -num_queries:].sum(-1)
     k_start = None
     if sliding_window and position_ids is not None:  # the cache may have let go of a sequence's first keys
-        last = position_ids.amax(-1).to(query.device).expand(batch)
-        k_start = last + 1 - lengths
+        positions = position_ids.to(query.device).expand(batch, -1)
+        positions = positions if keep is None else positions.masked_fill(~keep[:, -num_queries:], -1)
+        k_start = positions.amax(-1) + 1 - lengths
     slots = torch.arange(batch, device=query.device).unsqueeze(1) * num_keys + first.unsqueeze(1)
     table = slots + torch.arange(num_keys, device=query.device)
     q = query.transpose(1, 2)

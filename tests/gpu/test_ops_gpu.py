@@ -1,0 +1,204 @@
+"""What only a GPU shows: graphs, the compiler, tiles, streams, and tensors past 2**31 elements."""
+
+import pytest
+import torch
+
+from batchproof.numerics import first_mismatch
+from batchproof.ops import linear as linear_module
+from batchproof.ops.linear import linear
+from batchproof.ops.rms_norm import add_rms_norm, fused_add_rms_norm, rms_norm, rms_norm_reference
+from batchproof.registry import all_specs, get_spec
+
+pytestmark = pytest.mark.gpu
+SPECS = [pytest.param(spec, dtype, id=f"{name}-{dtype}") for name, spec in all_specs().items() for dtype in spec.dtypes]
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def sample(spec, dtype, device, rows):
+    return spec.sample_inputs(rows, dtype, device, torch.Generator(device).manual_seed(3))
+
+
+def assert_same(out, wanted, label=""):
+    for i, (a, b) in enumerate(zip(out, wanted, strict=True)):
+        assert first_mismatch(a, b) is None, f"{label} output {i}: {first_mismatch(a, b)}"
+
+
+@pytest.mark.parametrize("rows", [1, 33, 257])
+@pytest.mark.parametrize(("spec", "dtype"), SPECS)
+def test_a_cuda_graph_replays_the_bits_of_eager(spec, dtype, rows, device):
+    inputs = sample(spec, dtype, device, rows)
+    expected = spec.run(inputs)  # also compiles, which a capture may not
+    # In place: what is replayed reads what the replay before it wrote, so the inputs are put back each time.
+    static = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = spec.op(**static)
+    out = out if isinstance(out, tuple) else (out,)
+    for replay in range(3):
+        for tensor in out:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -7)
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                static[name].copy_(value)
+        graph.replay()
+        assert_same(out, expected, f"replay {replay}")
+
+
+@pytest.mark.parametrize(("spec", "dtype"), SPECS)
+def test_inductor_keeps_the_bits_of_eager(spec, dtype, device):
+    torch._dynamo.reset()
+    in_place, tensors = spec.in_place, None
+
+    def call(**arguments):
+        out = spec.op(**{k: v.clone() if k in in_place else v for k, v in arguments.items()})
+        return out if isinstance(out, tuple) else (out,)
+
+    compiled = torch.compile(call, fullgraph=True)
+    for rows in (1, 8, 33, 257):
+        tensors = sample(spec, dtype, device, rows)
+        assert_same(compiled(**tensors), spec.run(tensors), f"{rows} rows")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_inductor_keeps_the_bits_of_a_block(dtype, device):
+    """Norm, linear and norm with elementwise work between them that Inductor may fuse, but not into our sums."""
+    weight, scale = torch.randn(512, 512, device=device).to(dtype) * 0.05, torch.ones(512, device=device, dtype=dtype)
+
+    def block(x, residual):
+        out, residual = add_rms_norm(x, residual, scale)
+        return add_rms_norm(linear(out, weight), residual, scale)
+
+    compiled = torch.compile(block, fullgraph=True)
+    x, residual = (torch.randn(300, 512, device=device).to(dtype) for _ in range(2))
+    whole = compiled(x, residual)
+    assert_same(whole, block(x, residual))
+    for rows in (1, 7, 33, 256):
+        assert_same(compiled(x[:rows], residual[:rows]), tuple(t[:rows] for t in whole), f"{rows} rows")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("k", [64, 100, 4096, 14336])
+def test_all_tiles_agree(k, dtype, device):
+    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("several tiles are used on Hopper only")
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(1, 300, k, generator=generator, device=device).to(dtype)
+    b = torch.randn(1, k, 320, generator=generator, device=device).to(dtype)
+    layouts = {"[K, N]": b, "[N, K]": b.transpose(1, 2).contiguous().transpose(1, 2)}
+    tiles = [tile for _, tile in (*linear_module.HOPPER_TILES, *linear_module.GENERIC_TILES)]
+    expected = linear_module.launch(a, b, tile=tiles[0])
+    for tile in tiles:
+        for name, same in layouts.items():
+            assert first_mismatch(linear_module.launch(a, same, tile=tile), expected) is None, f"{tile}, {name}"
+        for rows in (1, 15, 129):
+            out = linear_module.launch(a[:, -rows:], b, tile=tile)
+            assert first_mismatch(out, expected[:, -rows:]) is None, f"{tile}, {rows} rows"
+
+
+def test_a_tile_that_splits_k_would_be_seen(device):
+    """The control for ``test_all_tiles_agree``: the same inputs, K summed in two halves, give other bits."""
+    a, b = torch.randn(1, 64, 4096, device=device).bfloat16(), torch.randn(1, 4096, 320, device=device).bfloat16()
+    whole = linear_module.launch(a, b)
+    halves = [linear_module.launch(a[..., s], b[:, s]).float() for s in (slice(0, 2048), slice(2048, None))]
+    assert first_mismatch((halves[0] + halves[1]).bfloat16(), whole) is not None
+
+
+@pytest.mark.parametrize("rows", [524289, 600000])
+def test_norms_past_2_to_the_31_elements(rows, device):
+    """[600000, 4096] bf16 is 2.46e9 elements, 4.9 GB: row offsets pass 2**31 elements and 2**32 bytes."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 30 * 2**30:
+        pytest.skip(f"needs 30 GiB of GPU memory, {free / 2**30:.0f} are free")
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.empty(rows, 4096, dtype=torch.bfloat16, device=device).normal_(generator=generator)
+    residual = torch.empty_like(x).normal_(generator=generator)
+    weight = torch.randn(4096, generator=generator, device=device).bfloat16()
+    out, (fused, total) = rms_norm(x, weight), add_rms_norm(x, residual, weight)
+    ends = [slice(0, 5), slice(2**31 // 4096 - 3, min(2**31 // 4096 + 3, rows)), slice(rows - 5, rows)]
+    kept = [(x[s].clone(), residual[s].clone()) for s in ends]
+    for s in ends:
+        assert first_mismatch(out[s], rms_norm(x[s].clone(), weight)) is None, f"rows {s}"
+        assert_same((fused[s], total[s]), add_rms_norm(x[s].clone(), residual[s].clone(), weight), f"rows {s}")
+    del out
+    fused_add_rms_norm(x, residual, weight)
+    for s, (x_rows, residual_rows) in zip(ends, kept, strict=True):
+        assert_same((x[s], residual[s]), add_rms_norm(x_rows, residual_rows, weight), f"in place, rows {s}")
+
+
+def test_heads_past_2_to_the_31_elements(device):
+    free, _ = torch.cuda.mem_get_info()
+    if free < 20 * 2**30:
+        pytest.skip(f"needs 20 GiB of GPU memory, {free / 2**30:.0f} are free")
+    qkv = torch.empty(270000, 64, 128, dtype=torch.bfloat16, device=device).normal_()
+    heads = qkv[:, :40]
+    out = rms_norm(heads)
+    for s in (slice(0, 2), slice(262143, 262146), slice(269998, 270000)):
+        assert first_mismatch(out[s], rms_norm(heads[s].clone())) is None
+
+
+@pytest.mark.parametrize(("spec", "dtype"), SPECS)
+def test_another_stream_has_the_same_bits_and_is_the_one_used(spec, dtype, device):
+    inputs = sample(spec, dtype, device, 33)
+    expected = spec.run(inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        assert not stream.query()
+        late = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        out = spec.run(late)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same(out, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("spec", "dtype"), SPECS)
+def test_another_device_than_the_current_one(spec, dtype):
+    inputs = sample(spec, dtype, torch.device("cuda:0"), 33)
+    expected = spec.run(inputs)
+    with torch.cuda.device(0):
+        moved = {k: v.to("cuda:1") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        out = spec.run(moved)
+    assert_same([t.to("cuda:0") for t in out], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_norm_launches_are_one_binary_a_width(dtype, device):
+    """M == 1, odd strides and unaligned pointers must not compile another reduction tree."""
+    kernel = rms_norm.__globals__["_rms_norm_kernel"]
+    for width in (100, 4096):
+        x = torch.randn(64, width, device=device).to(dtype)
+        rms_norm(x)
+        before = _variants(kernel)
+        wide = torch.randn(64, 2 * width + 3, device=device).to(dtype)
+        for same in (x[:1], x[1:2], x[::2], wide[:, 1 : width + 1], wide[:, :width], x.view(2, 32, width), x[:33]):
+            rms_norm(same, eps=1e-5)
+        assert _variants(kernel) == before
+
+
+def _variants(kernel):
+    """How many binaries Triton has made of a kernel on this device."""
+    caches = kernel.device_caches[torch.cuda.current_device()]
+    return len(caches[0])
+
+
+def test_stock_norms_vary_here_or_the_control_is_gone(device):
+    """The control: cuBLAS gives other bits for few rows on Hopper, and the comparison sees it."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("measured on Hopper")
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(2048, 4096, generator=generator, device=device).bfloat16()
+    weight = torch.randn(4096, 4096, generator=generator, device=device).bfloat16()
+    whole = torch.nn.functional.linear(x, weight)
+    assert any(
+        first_mismatch(torch.nn.functional.linear(x[:rows], weight), whole[:rows]) for rows in (1, 2, 8, 16, 32, 48)
+    )
+    mine = linear(x, weight)
+    for rows in (1, 2, 8, 16, 32, 48):
+        assert first_mismatch(linear(x[:rows], weight), mine[:rows]) is None
+
+
+def test_references_run_on_the_gpu(device):
+    x = torch.randn(3, 64, device=device)
+    assert rms_norm_reference(x).device == x.device
+    assert get_spec("rms_norm").reference is rms_norm_reference

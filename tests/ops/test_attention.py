@@ -1,0 +1,352 @@
+"""paged_attention: accuracy, and bits that neither batch, chunks, pages nor what lies unused in the cache can move."""
+
+import pytest
+import torch
+
+from batchproof.errors import ArgumentError, BatchproofError, DtypeError, ShapeError, UnsupportedError
+from batchproof.numerics import TOLERANCES, first_mismatch
+from batchproof.ops import attention as module
+from batchproof.ops._library import FLOAT_DTYPES
+from batchproof.ops.attention import paged_attention, paged_attention_reference
+
+INF, NAN = float("inf"), float("nan")
+# heads, key heads, head_dim
+GROUPS = [(4, 4, 64), (8, 2, 32), (6, 2, 80), (8, 1, 128), (1, 1, 16), (2, 1, 256), (40, 2, 24)]
+VARIANTS = [{}, {"window": 70}, {"causal": False}, {"window": 9, "softcap": 5.0}]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel itself runs in the other tests")
+
+
+class Cache:
+    """Keys and values of sequences, laid out in pages of any size in any order."""
+
+    def __init__(self, generator, lengths, heads=4, kv_heads=2, head_dim=32, dtype=torch.float32):
+        self.generator, self.lengths = generator, lengths
+        self.q, self.k, self.v = (
+            [self.randn(n, h, head_dim).to(dtype) for n in lengths] for h in (heads, kv_heads, kv_heads)
+        )
+
+    def randn(self, *shape):
+        return torch.randn(shape, generator=self.generator, device=self.generator.device)
+
+    def paged(self, order, page_size, fill=0.0):
+        """(k_cache, v_cache, block_table) of the sequences in ``order``; unused slots and pages hold ``fill``."""
+        device = self.generator.device
+        pages = [-(-self.lengths[i] // page_size) for i in order]
+        spare = 3
+        ids = torch.randperm(sum(pages) + spare, generator=self.generator, device=device)
+        table = torch.zeros(len(order), max([*pages, 1]) + 1, dtype=torch.int32, device=device)
+        caches = []
+        for tensors in (self.k, self.v):
+            like = tensors[0]
+            cache = torch.full((len(ids), page_size, *like.shape[1:]), fill, dtype=like.dtype, device=device)
+            taken = 0
+            for row, (i, count) in enumerate(zip(order, pages, strict=True)):
+                mine = ids[taken : taken + count]
+                taken += count
+                table[row, :count] = mine
+                flat = torch.full((count * page_size, *like.shape[1:]), fill, dtype=like.dtype, device=device)
+                flat[: self.lengths[i]] = tensors[i]
+                cache[mine] = flat.view(count, page_size, *like.shape[1:])
+            caches.append(cache)
+        return *caches, table
+
+    def arguments(self, spans, page_size=16, fill=0.0, dtype=torch.int32, **options):
+        """Arguments for the queries (first, end) of sequences ``{sequence: (first, end)}``, ``end`` keys each."""
+        order = list(spans)
+        k_cache, v_cache, table = self.paged(order, page_size, fill)
+        counts = [end - first for first, end in spans.values()]
+        starts = torch.tensor([0, *counts], device=self.generator.device).cumsum(0).to(dtype)
+        return {
+            "q": torch.cat([self.q[i][first:end] for i, (first, end) in spans.items()]),
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "cu_seqlens_q": starts,
+            "seqused_k": torch.tensor([end for _, end in spans.values()], dtype=dtype, device=starts.device),
+            "block_table": table.to(dtype),
+            "max_seqlen_q": max([*counts, 0]),
+            "softmax_scale": self.q[0].shape[-1] ** -0.5,
+            **options,
+        }
+
+    def attend(self, spans, **options):
+        """The outputs of ``spans``, one tensor a sequence."""
+        arguments = self.arguments(spans, **options)
+        return paged_attention(**arguments).split([end - first for first, end in spans.values()])
+
+
+def assert_accurate(out, arguments):
+    expected = paged_attention_reference(**arguments)
+    largest = arguments["v_cache"].double().nan_to_num(0.0, 0.0, 0.0).abs().amax()
+    atol = TOLERANCES["attention"].atol if out.dtype != torch.float32 else 2.0**-18
+    error = (out.double() - expected.double()).abs().max()
+    assert error <= atol * largest, f"off by {error / largest:.2e} of the largest value"
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), GROUPS)
+def test_accuracy(heads, kv_heads, head_dim, options, dtype, generator):
+    cache = Cache(generator, [1, 40, 97], heads, kv_heads, head_dim, dtype)
+    arguments = cache.arguments({0: (0, 1), 1: (0, 40), 2: (90, 97)}, **options)
+    assert_accurate(paged_attention(**arguments), arguments)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_accuracy_of_adversarial_scores(dtype, generator):
+    cache = Cache(generator, [50, 50, 50], dtype=dtype)
+    cache.q[0] *= 30  # one key takes all
+    cache.k[1].zero_()  # a plain mean
+    cache.v[2] *= 2.0 ** torch.randint(-12, 10, cache.v[2].shape, generator=generator, device=cache.v[2].device)
+    for sequence in range(3):
+        arguments = cache.arguments({sequence: (0, 50)})
+        assert_accurate(paged_attention(**arguments), arguments)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_sequence_has_one_result(options, dtype, generator):
+    lengths = [37, 1, 5, 130, 64, 65, 17]
+    cache = Cache(generator, lengths, dtype=dtype)
+    whole = {i: (0, n) for i, n in enumerate(lengths)}
+    together = cache.attend(whole, **options)
+    for i, span in whole.items():
+        assert first_mismatch(cache.attend({i: span}, **options)[0], together[i]) is None, f"sequence {i}"
+    backwards = cache.attend(dict(reversed(whole.items())), **options)[::-1]
+    mixed = cache.attend({3: (129, 130), 0: (36, 37), 5: (0, 65), 1: (0, 1)}, **options)
+    for i, span in whole.items():
+        assert first_mismatch(backwards[i], together[i]) is None, f"sequence {i} of {span}"
+    for out, i in zip(mixed, (3, 0, 5, 1), strict=True):
+        assert first_mismatch(out, together[i][-len(out) :]) is None, f"sequence {i}, mixed"
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("options", [o for o in VARIANTS if o.get("causal", True)], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 32), (6, 2, 80)])
+def test_prefill_chunks_and_decode_have_the_same_bits(heads, kv_heads, head_dim, options, dtype, generator):
+    cache = Cache(generator, [131, 20], heads, kv_heads, head_dim, dtype)
+    whole = cache.attend({0: (0, 131)}, **options)[0]
+    for sizes in ([64, 67], [1, 63, 65, 2]):
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        parts = [
+            cache.attend({0: (end - n, end), 1: (5, 20)}, **options)[0] for n, end in zip(sizes, ends, strict=True)
+        ]
+        assert first_mismatch(torch.cat(parts), whole) is None, f"in chunks of {sizes}"
+    for end in (1, 17, 63, 64, 65, 128, 129, 131):
+        assert first_mismatch(cache.attend({0: (end - 1, end)}, **options)[0], whole[end - 1 : end]) is None, f"{end}"
+
+
+def test_more_than_a_thousand_keys(generator):
+    """Past a chunk of the CPU's exact product."""
+    cache = Cache(generator, [2100], 2, 1, 16)
+    arguments = cache.arguments({0: (2090, 2100)})
+    whole = paged_attention(**arguments)
+    assert_accurate(whole, arguments)
+    for first, end in ((2090, 2091), (2091, 2098), (2099, 2100)):
+        assert first_mismatch(cache.attend({0: (first, end)})[0], whole[first - 2090 : end - 2090]) is None
+    edge = cache.attend({0: (1020, 1030)}, window=1000)[0]
+    for end in (1021, 1024, 1025, 1026, 1030):
+        assert first_mismatch(cache.attend({0: (end - 1, end)}, window=1000)[0], edge[end - 1021 : end - 1020]) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_pages_leave_the_bits_alone(options, dtype, generator):
+    cache = Cache(generator, [70, 33, 16], dtype=dtype)
+    spans = {0: (60, 70), 1: (0, 33), 2: (15, 16)}
+    expected = torch.cat(cache.attend(spans, page_size=1, **options))
+    for page_size in (1, 2, 7, 16, 64, 256):
+        for index in (torch.int32, torch.int64):
+            out = torch.cat(cache.attend(spans, page_size=page_size, dtype=index, **options))
+            assert first_mismatch(out, expected) is None, f"pages of {page_size}"
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("fill", [NAN, INF, -INF, 3e38])
+def test_unused_slots_and_pages_are_not_read(fill, dtype, generator):
+    fill = min(fill, torch.finfo(dtype).max) if fill == 3e38 else fill
+    cache = Cache(generator, [37, 5, 64, 1], dtype=dtype)
+    spans = {0: (30, 37), 1: (0, 5), 2: (63, 64), 3: (0, 1)}
+    expected = torch.cat(cache.attend(spans))
+    assert first_mismatch(torch.cat(cache.attend(spans, fill=fill)), expected) is None
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_hostile_sequence_is_alone_in_it(value, dtype, generator):
+    cache = Cache(generator, [37, 50, 5], dtype=dtype)
+    spans = {0: (0, 37), 1: (0, 50), 2: (4, 5)}
+    expected = cache.attend(spans)
+    for tensors in (cache.q, cache.k, cache.v):
+        tensors[1][::3] = value
+    out = cache.attend(spans)
+    assert not out[1].isfinite().all()
+    for i in (0, 2):
+        assert first_mismatch(out[i], expected[i]) is None
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("which", ["k", "v"])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_what_a_query_may_not_see_does_not_count(value, which, dtype, generator):
+    """A later token's NaN, or one a window has let go of, is not there in a decode step: nor may it be in a prefill."""
+    cache = Cache(generator, [40], dtype=dtype)
+    causal, windowed = cache.attend({0: (0, 40)})[0], cache.attend({0: (0, 40)}, window=6)[0]
+    getattr(cache, which)[0][20] = value
+    assert first_mismatch(cache.attend({0: (0, 40)})[0][:20], causal[:20]) is None
+    out = cache.attend({0: (0, 40)}, window=6)[0]
+    assert first_mismatch(out[:20], windowed[:20]) is None
+    assert first_mismatch(out[26:], windowed[26:]) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gone", [1, 16, 64, 70, 100])
+def test_a_table_that_starts_late_has_the_same_bits(gone, dtype, generator):
+    """A sliding window may have let go of the first keys; k_start says how many."""
+    cache = Cache(generator, [120, 30], dtype=dtype)
+    options = {"window": 12}
+    expected = cache.attend({0: (112, 120), 1: (0, 30)}, **options)
+    cache.k[0], cache.v[0], cache.lengths = cache.k[0][gone:], cache.v[0][gone:], [120 - gone, 30]
+    spans = {0: (112 - gone, 120 - gone), 1: (0, 30)}
+    cache.q[0] = cache.q[0][gone:]
+    k_start = torch.tensor([gone, 0], dtype=torch.int32, device=generator.device)
+    out = cache.attend(spans, k_start=k_start, **options)
+    for mine, wanted in zip(out, expected, strict=True):
+        if gone <= 100:
+            assert first_mismatch(mine, wanted) is None
+
+
+def test_empty_sequences(generator):
+    cache = Cache(generator, [20, 0, 9, 0])
+    expected = cache.attend({0: (10, 20), 2: (0, 9)})
+    out = cache.attend({1: (0, 0), 0: (10, 20), 3: (0, 0), 2: (0, 9)})
+    assert first_mismatch(out[1], expected[0]) is None
+    assert first_mismatch(out[3], expected[1]) is None
+    nothing = cache.arguments({1: (0, 0), 3: (0, 0)})
+    assert paged_attention(**nothing).shape == (0, 4, 32)
+    none = {**nothing, "seqused_k": nothing["seqused_k"][:0], "block_table": nothing["block_table"][:0]}
+    assert paged_attention(**{**none, "cu_seqlens_q": nothing["cu_seqlens_q"][:1]}).shape == (0, 4, 32)
+
+
+def test_a_query_that_sees_no_key_is_zero(generator):
+    arguments = Cache(generator, [4]).arguments({0: (3, 4)})
+    arguments["seqused_k"].zero_()
+    assert torch.equal(paged_attention(**arguments), torch.zeros_like(arguments["q"]))
+
+
+def test_max_seqlen_q_bounds_the_launch_and_changes_no_bits(generator):
+    arguments = Cache(generator, [40, 3]).arguments({0: (0, 40), 1: (0, 3)})
+    expected = paged_attention(**arguments)
+    assert first_mismatch(paged_attention(**{**arguments, "max_seqlen_q": 1000}), expected) is None
+
+
+def test_layout_leaves_the_bits_alone(generator):
+    arguments = Cache(generator, [40, 9]).arguments({0: (0, 40), 1: (2, 9)})
+    expected = paged_attention(**arguments)
+
+    def check(**changes):
+        assert first_mismatch(paged_attention(**{**arguments, **changes}), expected) is None, str(list(changes))
+
+    q, k, v = (arguments[name] for name in ("q", "k_cache", "v_cache"))
+    check(q=q.transpose(0, 1).contiguous().transpose(0, 1))
+    check(q=q.repeat_interleave(2, -1)[..., ::2])
+    both = torch.stack((k, v), dim=1)  # [pages, 2, ...], as vLLM has it
+    check(k_cache=both[:, 0], v_cache=both[:, 1])
+    check(k_cache=k.transpose(1, 2).contiguous().transpose(1, 2))
+    check(v_cache=v.repeat_interleave(2, -1)[..., ::2])
+    check(block_table=arguments["block_table"].t().contiguous().t())
+    check(seqused_k=arguments["seqused_k"].repeat_interleave(2)[::2])
+    check(cu_seqlens_q=arguments["cu_seqlens_q"].repeat_interleave(2)[::2])
+
+
+def wrong_arguments(good):
+    """(error, what it says, what is wrong) for arguments that are otherwise ``good``."""
+    q, k, v = good["q"], good["k_cache"], good["v_cache"]
+    return {
+        "2-D q": (ShapeError, r"q has shape \(13, 128\)", {"q": q.flatten(1)}),
+        "heads no multiple": (ShapeError, r"q has shape \(13, 3, 32\)", {"q": q[:, :3]}),
+        "head_dim of k": (ShapeError, r"k_cache \(\d+, 16, 2, 16\)", {"k_cache": k[..., :16]}),
+        "head_dim of v": (ShapeError, r"v_cache \(\d+, 16, 2, 16\)", {"v_cache": v[..., :16]}),
+        "heads of v": (ShapeError, "v_cache", {"v_cache": torch.cat((v, v), 2)}),
+        "pages of v": (ShapeError, "v_cache", {"v_cache": v[:-1]}),
+        "page size of v": (ShapeError, "v_cache", {"v_cache": v[:, :8]}),
+        "short cu_seqlens_q": (ShapeError, r"cu_seqlens_q \(2,\)", {"cu_seqlens_q": good["cu_seqlens_q"][:-1]}),
+        "short block_table": (ShapeError, r"block_table \(1, \d+\)", {"block_table": good["block_table"][:1]}),
+        "short k_start": (ShapeError, r"k_start has shape \(1,\), want \(2,\)", {"k_start": good["seqused_k"][:1]}),
+        "dtype of q": (DtypeError, "q is torch.float64", {"q": q.double()}),
+        "dtype of k": (DtypeError, "k_cache is torch.float16, want torch.float32", {"k_cache": k.half()}),
+        "dtype of seqused_k": (DtypeError, "seqused_k is torch.float32", {"seqused_k": good["seqused_k"].float()}),
+        "dtype of k_start": (
+            DtypeError,
+            "k_start is torch.float32",
+            {"k_start": good["seqused_k"].float(), "window": 4},
+        ),
+        "device of k": (BatchproofError, "k_cache is on meta, want", {"k_cache": k.to("meta")}),
+        "device of block_table": (
+            BatchproofError,
+            "block_table is on meta, want",
+            {"block_table": good["block_table"].to("meta")},
+        ),
+        "scale": (ArgumentError, "softmax_scale nan", {"softmax_scale": NAN}),
+        "window": (ArgumentError, "window -1", {"window": -1}),
+        "softcap": (ArgumentError, "softcap -1.0", {"softcap": -1.0}),
+        "infinite softcap": (ArgumentError, "softcap inf", {"softcap": INF}),
+        "max_seqlen_q": (ArgumentError, "max_seqlen_q -1", {"max_seqlen_q": -1}),
+        "autograd": (UnsupportedError, "no backward pass", {"q": q.clone().requires_grad_()}),
+    }
+
+
+WRONG = list(wrong_arguments(Cache(torch.Generator(), [9, 4]).arguments({0: (0, 9), 1: (0, 4)})))
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_name_the_value(case, generator):
+    good = Cache(generator, [9, 4]).arguments({0: (0, 9), 1: (0, 4)})
+    error, match, changes = wrong_arguments(good)[case]
+    with pytest.raises(error, match=match):
+        paged_attention(**{**good, **changes})
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_registered_op(options, generator):
+    arguments = {"causal": True, "window": 0, "softcap": 0.0, "k_start": None, **options}
+    arguments = Cache(generator, [9, 4], dtype=torch.float16).arguments({0: (0, 9), 1: (3, 4)}, **arguments)
+    torch.library.opcheck(torch.ops.batchproof.paged_attention.default, tuple(arguments.values()))
+
+
+def launched(arguments):
+    defaults = {"causal": True, "window": 0, "softcap": 0.0, "k_start": None}
+    return module.launch(**{**defaults, **arguments})
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_kernel_in_the_interpreter(options, dtype, generator):
+    cache = Cache(generator, [70, 5], 6, 2, 24, dtype)
+    arguments = cache.arguments({0: (64, 70), 1: (0, 5)}, page_size=8, fill=NAN, **options)
+    out = launched(arguments)
+    assert_accurate(
+        out, {**arguments, "k_cache": arguments["k_cache"].nan_to_num(), "v_cache": arguments["v_cache"].nan_to_num()}
+    )
+    for end in (65, 67, 70):
+        if options.get("causal", True):
+            alone = launched(cache.arguments({0: (end - 1, end)}, page_size=3, **options))
+            torch.testing.assert_close(alone[0], out[end - 65], rtol=0.0, atol=2e-6 if dtype == torch.float32 else 2e-3)
+
+
+@interpreted
+def test_kernel_reads_strided_indices(generator):
+    arguments = Cache(generator, [40, 9]).arguments({0: (36, 40), 1: (7, 9)}, page_size=4)
+    expected = launched(arguments)
+    for name in ("block_table", "seqused_k", "cu_seqlens_q"):
+        strided = arguments[name].repeat_interleave(2, -1)[..., ::2]
+        assert first_mismatch(launched({**arguments, name: strided}), expected) is None, name
+
+
+@interpreted
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_kernel_does_not_count_what_a_query_may_not_see(value, generator):
+    cache = Cache(generator, [12], 2, 1, 16)
+    expected = launched(cache.arguments({0: (0, 12)}))
+    cache.v[0][9] = value
+    assert first_mismatch(launched(cache.arguments({0: (0, 12)}))[:9], expected[:9]) is None
