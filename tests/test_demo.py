@@ -17,10 +17,9 @@ PROMPTS = (
     "And the king said unto the prophet, Why weepest thou? " * 3,
 )
 PLAN = demo._Plan(prompts=PROMPTS, batch_sizes=(1, 2, 3), steps=2, answers=2, answer_tokens=4)
-COLUMNS = 4  # three ways to run stock transformers, and batchproof
 
 
-def table(text, after):
+def table(text, after, columns=4):
     """{batch size label: cells} of the grid that follows the line holding ``after``."""
     lines = iter(text[text.index(after) :].splitlines())
     header = next(line for line in lines if "batch size" in line)
@@ -30,7 +29,7 @@ def table(text, after):
         if not line.strip():
             return rows
         cells = line.split()
-        rows[" ".join(cells[:-COLUMNS])] = cells[-COLUMNS:]
+        rows[" ".join(cells[:-columns])] = cells[-columns:]
     return rows
 
 
@@ -77,10 +76,12 @@ def test_planted_variance_fails(tmp_path, capsys, monkeypatch):
         return sum(torch.nn.functional.linear(a, b) for a, b in parts)
 
     monkeypatch.setattr(layers.Linear, "forward", variant)
+    monkeypatch.setattr(demo, "_measure_stock", lambda *arguments: [])
     assert demo.run(None, tmp_path) == 1
     text = capsys.readouterr().out
-    assert table(text, "whose logits changed")["1 (again)"][-1] == "0"
-    assert int(table(text, "whose logits changed")["all 3"][-1]) > 0
+    changed = table(text, "whose logits changed", columns=1)
+    assert changed["1 (again)"] == ["0"]
+    assert int(changed["all 3"][0]) > 0
     assert "FAILED" in text
 
 

@@ -306,7 +306,7 @@ ROUTED = {
     "softmax, dim 0": (lambda x, w: F.softmax(x, 0), lambda x, w: softmax.softmax(x, 0)),
     "softmax, cast": (
         lambda x, w: F.softmax(x, -1, dtype=torch.float32),
-        lambda x, w: softmax.softmax(x.float() if x.device.type == "cpu" else x, -1, torch.float32),
+        lambda x, w: softmax.softmax(x if x.is_cuda and x.dtype == torch.float16 else x.float(), -1, torch.float32),
     ),
     "log_softmax": (lambda x, w: x.log_softmax(-1), lambda x, w: softmax.log_softmax(x)),
     "mean": (lambda x, w: x.mean(), lambda x, w: reduce.mean(x)),

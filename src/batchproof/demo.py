@@ -47,7 +47,7 @@ Originally, at the laboratory, this was / And there was a great famine in the la
 The word of the prophet came the second time, saying,
 """
 _SHORT = " ".join(_BEGINNINGS.split()).split(" / ")
-_PROMPTS = (*_SHORT, *(" ".join(_SHORT[:count]) for count in (2, 4, 8, 16)))
+_PROMPTS = (*_SHORT, *(" ".join(_SHORT[:count]) for count in (2, 4, 8, 32)))
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Plan:
 
     prompts: Sequence[str] = _PROMPTS
     batch_sizes: Sequence[int] = (1, 2, 3, 8, 33, len(_PROMPTS))
-    steps: int = 4
+    steps: int = 3
     answers: int = 6
     answer_tokens: int = 24
 

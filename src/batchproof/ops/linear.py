@@ -11,6 +11,7 @@ On the CPU the sum is exact in float64, so it has no order (see ``_exact``), and
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -190,7 +191,8 @@ def _linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 def _linear_cuda(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     _validate_linear(x, weight, bias)
-    out = launch(x.reshape(1, -1, x.shape[-1]), weight.t().unsqueeze(0), bias)
+    rows = math.prod(x.shape[:-1])  # not -1: with K = 0 it would be ambiguous
+    out = launch(x.reshape(1, rows, x.shape[-1]), weight.t().unsqueeze(0), bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

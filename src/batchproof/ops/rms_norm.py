@@ -3,7 +3,8 @@
     out = (x * rsqrt(mean(x**2) + eps)).to(dtype) * weight            Llama
     out = (x * rsqrt(mean(x**2) + eps) * (1 + weight)).to(dtype)      Gemma
 
-With a residual, ``residual + x`` is first rounded to the activation dtype, stored, and then normalised.
+With a residual, ``residual + x`` is first rounded to the activation dtype, stored, and then normalised. On a GPU
+squares are summed in fp32 (fp32 input: in fp64), as the models do: a bf16 row with values past 1.8e19 overflows to 0.
 
 Invariance: on a GPU one program reduces one row, and the binary it runs is a function of (hidden_size, dtype, form)
 alone: the row is summed by the tree that ``tl.sum`` compiles to for BLOCK elements and the warps of the table below.
