@@ -112,3 +112,15 @@ def test_prompts_are_many_and_ragged():
     assert len(set(plan.prompts)) == len(plan.prompts)
     assert len({len(prompt) for prompt in plan.prompts}) > len(plan.prompts) // 2
     assert tuple(plan.batch_sizes) == (1, 2, 3, 8, 33, len(plan.prompts))
+
+
+def test_says_so_if_stock_never_changed(capsys):
+    columns = [demo._Column(name, "", "k", [0, 0, 0], [1.0] * 3) for name in ("stock", "batchproof")]
+    demo._print_measured(columns, PLAN, "here")
+    assert "never changed a bit here" in capsys.readouterr().out
+    columns[0] = demo._Column("stock", "", "k", failure="ValueError: no")
+    demo._print_measured(columns, PLAN, "here")
+    text = capsys.readouterr().out
+    assert "never changed" not in text
+    assert table(text, "whose logits", columns=2)["2"] == ["failed", "0"]
+    assert "stock: ValueError: no" in text

@@ -244,7 +244,7 @@ def _print_measured(columns: Sequence[_Column], plan: _Plan, setting: str) -> No
     print("\nHow each was run, every batch size with an order of its own:")
     for column in columns:
         print(f"  {column.name}: {column.failure or column.how}")
-    if not any(sum(column.changed) for column in columns[:-1]):
+    if (counts := [count for column in columns[:-1] for count in column.changed]) and not any(counts):
         print("Stock transformers never changed a bit here either: these kernels happen not to look at the batch.")
     print("\nNew tokens a second, start and prefill of every run included:\n")
     grid([[f"{total * plan.steps / seconds:.0f}" for seconds in column.seconds] for column in columns])

@@ -4,10 +4,10 @@ A CPU BLAS chooses its blocking, its threads and its tail code by the number of 
 order in which it adds. So the CPU implementations do not try to pin that order: they make it irrelevant. Each row is
 rounded to multiples of a power of two, its unit, so coarse that products and partial sums are multiples of one unit
 below 2**53 of it. There float64 addition is exact, and therefore associative: whatever order the library takes, with
-or without FMA, on however many threads, the bits are the same. Rounding the operands is the only error: of the right
-one, the weight, at most 2**-22 of the largest value of its column for 16-bit dtypes and 2**-28 for fp32; of the left
-one, 2**-33 of the largest of its row or less. It is a function of that row or column alone. This is the first step
-of Ozaki's error-free transformation of matrix products (Ozaki, Ogita, Oishi, Rump, Numer. Algorithms 59, 2012).
+or without FMA, on however many threads, the bits are the same. Rounding the operands is the only error, and it is a
+function of the row or column alone: at most 2**-22 of its largest value for 16-bit dtypes, which is nothing for values
+within 2**11 (fp16) or 2**13 (bf16) of it, and 2**-28 for fp32. This is the first step of Ozaki's error-free
+transformation of matrix products (Ozaki, Ogita, Oishi, Rump, Numer. Algorithms 59, 2012).
 
 ``exp`` and ``log`` are here for the same reason: libm's vector and tail code may differ in the last bit, so they are
 written in additions, multiplications and divisions, which IEEE 754 defines to the bit.
@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 CHUNK = 1024  # K per exact product; longer sums are added chunk by chunk in ascending k
-# Bits of a slice of the left operand, which has two, and of the right operand, which has one; with the 10 bits of
-# CHUNK they sum to 53. 16-bit dtypes have at most 11 significant bits, so that the second slice is often empty.
+# Bits kept of the left and the right operand; with the 10 bits of CHUNK they sum to 53. For fp32 the left operand
+# is cut in two slices of that many bits, and so has 32.
 NARROW_BITS = (22, 21)
 WIDE_BITS = (16, 27)
 _EXPONENT_MASK = 0x7FF0000000000000
@@ -176,12 +176,12 @@ def _chunk_product(a: torch.Tensor, b: torch.Tensor, packed: Packed, weights: to
     a = a.double() if weights is None else a.double() * weights
     largest = a.abs().amax(-1, keepdim=True)
     above = power_of_two_above(largest)
-    parts = [round_rows(a, above, packed.bits[0])]
-    if not torch.equal(parts[0], a):  # else nothing was rounded away: a second product would add exact zeros
-        parts.append(round_rows(a - parts[0], above * 2.0 ** -packed.bits[0], packed.bits[0]))
-    left = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
-    both = _product(left if weights is None else left / weights, b)
-    out = both if len(parts) == 1 else both[..., :m, :] + both[..., m:, :]
+    left = round_rows(a, above, packed.bits[0])
+    if packed.bits == WIDE_BITS:  # what the first slice rounded away
+        left = torch.cat((left, round_rows(a - left, above * 2.0 ** -packed.bits[0], packed.bits[0])), dim=-2)
+    out = _product(left if weights is None else left / weights, b)
+    if packed.bits == WIDE_BITS:
+        out = out[..., :m, :] + out[..., m:, :]
     return out if packed.finite and _all_finite(largest) else _with_non_finite(out, a, b)
 
 
@@ -220,12 +220,15 @@ _LN2_LOW_64 = 1.9082149292705877e-10
 _EXP_LOWEST_64 = -700.0  # times any float32, e**-700 is under the smallest float32
 
 
-def exp_float64(x: torch.Tensor) -> torch.Tensor:
-    """Exp of float64 ``x`` <= 0 within 2**-40; 0 below -700. Additions and multiplications only, no FMA."""
+def exp_float64(x: torch.Tensor, degree: int = 11) -> torch.Tensor:
+    """Exp of float64 ``x`` <= 0; 0 below -700. Additions and multiplications only, no FMA.
+
+    The Taylor polynomial of ``degree`` 11 is within 2**-46 of it, that of degree 7 within 2**-27.
+    """
     n = (x.clamp_min(_EXP_LOWEST_64) * (1.0 / math.log(2.0))).round_()
     r = (x - n * _LN2_HIGH_64) - n * _LN2_LOW_64
-    p = torch.full_like(r, 1.0 / math.factorial(11))
-    for order in range(10, -1, -1):  # Taylor: the first term left out is under 2**-46 for |r| <= ln(2) / 2
+    p = torch.full_like(r, 1.0 / math.factorial(degree))
+    for order in range(degree - 1, -1, -1):
         p.mul_(r).add_(1.0 / math.factorial(order))
     power = n.to(torch.int64).add_(1023).bitwise_left_shift_(52).view(torch.float64)
     return p.mul_(power).masked_fill_(x < _EXP_LOWEST_64, 0.0)
