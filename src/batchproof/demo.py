@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import random
 import shlex
 import time
@@ -78,7 +79,7 @@ _Run = Callable[[Sequence[int], int], dict[int, Any]]
 
 
 def run(model: str | None, out: Path, device: str = "auto") -> int:
-    """Measure, print, and write ``demo.png`` and ``answers.jsonl`` into ``out``.
+    """Measure, print, and write ``demo.png``, ``demo.json`` and ``answers.jsonl`` into ``out``.
 
     Args:
         model: a folder or a hub id; None for the built-in model.
@@ -119,12 +120,21 @@ def _demo(model: str | None, out: Path, device: str, plan: _Plan) -> int:
     _print_measured(columns, plan, setting)
     holding = _answer_and_verify(generator, answers, plan)
     _plot(columns, plan, setting, out / "demo.png")
+    _write_figures(columns, plan, generator, holding, out / "demo.json")
     options = [*(["--model", model] if model else []), *(["--device", device] if device != "auto" else [])]
     print(f"Next: batchproof verify {shlex.join([str(answers), *options])}")
     invariant = holding and not any(columns[-1].changed)
     verdict = "batchproof's bits never changed" if invariant else "FAILED: batchproof's bits changed, please report it"
     print(f"{verdict} ({time.perf_counter() - start:.0f} s)")
     return 0 if invariant else 1
+
+
+def _write_figures(columns: list[_Column], plan: _Plan, generator: Generator, holding: bool, path: Path) -> None:
+    """What was measured, as JSON: for each way, the requests changed by batch size."""
+    ways = {column.name: {"how": column.how, "changed": column.changed or column.failure} for column in columns}
+    figures = {"requests": len(plan.prompts), "steps": plan.steps, "batch_sizes": list(plan.batch_sizes)}
+    where = {"model": generator.name, "digest": generator.digest, "environment": generator.environment}
+    path.write_text(json.dumps({**where, **figures, "receipts_hold": holding, "ways": ways}, indent=1) + "\n")
 
 
 def _record(number: int, prompt: str, max_tokens: int, temperature: float = 0.0) -> PromptRecord:

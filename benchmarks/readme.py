@@ -1,0 +1,101 @@
+"""Write the figures of README.md from the committed result files; ``--check`` only says whether they are the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+def load(path: str) -> dict[str, Any]:
+    """A result file by its path under results/."""
+    result: dict[str, Any] = json.loads((HERE / "results" / path).read_text())
+    return result
+
+
+def generate_table(path: str) -> str:
+    """Tokens a second at each batch size, and batchproof's share of each stock figure."""
+    result = load(path)
+    threads = f", {result['threads']} threads" if "threads" in result else ""
+    lines = [
+        "| requests in the batch | stock `generate` | stock `generate_batch` | batchproof | share of each |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        padded, continuous, ours = (row[f"{name}_tokens_per_s"] for name in ("padded", "continuous", "batchproof"))
+        shares = f"{ours / padded:.2f}, {ours / continuous:.2f}"
+        lines.append(f"| {row['batch_size']} | {padded:.0f} | {continuous:.0f} | {ours:.0f} | {shares} |")
+    where = f"{result['device']}{threads}, torch {result['torch']}, transformers {result['transformers']}"
+    lines.append("")
+    lines.append(f"Tokens a second, {result['model']} model, {result['dtype']}, {where} (`benchmarks/results/{path}`).")
+    return "\n".join(lines)
+
+
+def demo_table(path: str) -> str:
+    """Requests whose bits changed, by batch size and way of running."""
+    result = load(path)
+    ways = result["ways"]
+    lines = [f"| requests in the batch | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
+    for i, size in enumerate(result["batch_sizes"]):
+        label = f"{size} (again)" if size == 1 else str(size)
+        lines.append(f"| {label} | {' | '.join(str(way['changed'][i]) for way in ways.values())} |")
+    lines.append("")
+    lines.append(
+        f"Requests, of {result['requests']}, with a bit of their logits changed against the same request alone: "
+        f"{result['model']} model, {result['dtype']}, {result['device']}, torch {result['torch']}, transformers "
+        f"{result['transformers']}. {'; '.join(f'{name}: {_sentence(way)}' for name, way in ways.items())} "
+        f"(`benchmarks/results/{path}`)."
+    )
+    return "\n".join(lines)
+
+
+def _sentence(way: dict[str, Any]) -> str:
+    return " ".join(way["how"].replace(";", ",").split())
+
+
+def tests_line(path: str) -> str:
+    """One line about a committed run of the tests."""
+    result = load(path)
+    counts = ", ".join(f"{result[key]} {key}" for key in ("passed", "failed", "skipped"))
+    return (
+        f"{result['device']}, torch {result['torch']}, triton {result['triton']}: {counts} "
+        f"(`benchmarks/results/{path}`)."
+    )
+
+
+BLOCKS = {
+    "demo cpu": lambda: demo_table("cpu/demo.json"),
+    "generate cpu": lambda: generate_table("cpu/generate.json"),
+    "generate h200": lambda: generate_table("h200/generate.json"),
+    "tests h200": lambda: tests_line("h200/tests.json"),
+}
+
+
+def render(text: str) -> str:
+    """``text`` with every block between its markers made anew."""
+    for name, block in BLOCKS.items():
+        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+        pattern = re.escape(begin) + ".*?" + re.escape(end)
+        text, count = re.subn(pattern, lambda _, b=begin, e=end, f=block: f"{b}\n{f()}\n{e}", text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md has the block {name!r} {count} times, want once")
+    return text
+
+
+def main() -> int:
+    """Write README.md, or check it."""
+    text = README.read_text()
+    rendered = render(text)
+    if "--check" in sys.argv[1:]:
+        return 0 if rendered == text else 1
+    README.write_text(rendered)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
