@@ -46,17 +46,17 @@ def attend_paged(
     Keys that only fill up a shorter sequence are masked, and never read from another sequence's pages.
     """
     out = torch.zeros(q.shape, dtype=q.dtype)
-    bounds = cu_seqlens_q.tolist()
     by_queries: dict[int, list[int]] = {}
-    for i in range(seqused_k.shape[0]):
-        by_queries.setdefault(bounds[i + 1] - bounds[i], []).append(i)
+    for i, count in enumerate(cu_seqlens_q.diff().tolist()):
+        by_queries.setdefault(count, []).append(i)
     starts = torch.zeros_like(seqused_k) if k_start is None else k_start
     for num_queries, members in by_queries.items():
         if num_queries == 0:
             continue
-        tokens = torch.tensor([range(bounds[i], bounds[i + 1]) for i in members])
-        first = starts[members].long().unsqueeze(-1)
-        end = first + seqused_k[members].long().unsqueeze(-1)
+        chosen = torch.tensor(members)
+        tokens = (cu_seqlens_q[chosen].long().unsqueeze(-1) + torch.arange(num_queries)).view(-1)
+        first = starts[chosen].long().unsqueeze(-1)
+        end = first + seqused_k[chosen].long().unsqueeze(-1)
         # Chunks of the exact product lie at absolute positions, as the GPU's tiles do.
         positions = torch.arange(int(first.min()) // _exact.CHUNK * _exact.CHUNK, int(end.max()))
         if positions.numel() == 0:
@@ -64,13 +64,15 @@ def attend_paged(
         exists = (positions >= first) & (positions < end)
         # Where a sequence has no key, its last one stands in: it is masked, and masked keys count as exact zeros.
         index = torch.minimum((positions - first).clamp_(min=0), (end - first - 1).clamp_(min=0))
-        slots = slots_of(block_table[members], index, k_cache)
+        slots = slots_of(block_table.index_select(0, chosen), index, k_cache)
         keys, values = (
             c.flatten(0, 1).index_select(0, slots.view(-1)).view(*slots.shape, *c.shape[2:]) for c in (k_cache, v_cache)
         )
         at = end - num_queries + torch.arange(num_queries)
         visible = visible_keys(at, positions, causal, window) & exists.unsqueeze(1)
-        out[tokens] = _attend_groups(q[tokens], keys, values, visible, softmax_scale, softcap)
+        queries = q.index_select(0, tokens).view(len(members), num_queries, *q.shape[1:])
+        result = _attend_groups(queries, keys, values, visible, softmax_scale, softcap)
+        out.index_copy_(0, tokens, result.reshape(-1, *q.shape[1:]))
     return out
 
 

@@ -156,7 +156,7 @@ class _Manager(ContinuousBatchingManager):
         self.input_queue.put(state)
         self._has_new_requests.set()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def outputs(self) -> Iterator[GenerationOutput]:
         """Run until nothing is pending; yields each request's output when it ends."""
         processor = self.batch_processor = self._create_batch_processor()
