@@ -43,8 +43,8 @@ lint: $(STAMPS)/dev ## ruff, then the type checker
 types: $(STAMPS)/dev ## mypy --strict
 	$(BIN)/mypy
 
-bench: $(STAMPS)/dev ## the benchmarks (ARGS="--only rms_norm")
-	$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(STAMPS)/dev ## a benchmark, and its result file (ARGS="generate --tokens 64"; ARGS=--help lists them)
+	$(BIN)/python benchmarks/run.py $(or $(ARGS),generate)
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo_out

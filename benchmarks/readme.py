@@ -32,7 +32,8 @@ def generate_table(path: str) -> str:
         lines.append(f"| {row['batch_size']} | {padded:.0f} | {continuous:.0f} | {ours:.0f} | {shares} |")
     where = f"{result['device']}{threads}, torch {result['torch']}, transformers {result['transformers']}"
     lines.append("")
-    lines.append(f"Tokens a second, {result['model']} model, {result['dtype']}, {where} (`benchmarks/results/{path}`).")
+    what = f"Tokens a second, {result['tokens']} a request, {result['model']} model, {result['dtype']}"
+    lines.append(f"{what}, {where} (`benchmarks/results/{path}`).")
     return "\n".join(lines)
 
 
