@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The torch that CI runs. `make TORCH=torch demo` takes any torch the package index offers, such as a CUDA build.
 TORCH ?= torch==2.13.0
+# A CUDA build of torch brings its own triton; a CPU build brings none.
 TRITON ?= triton>=3.6,<3.8
 STAMPS := $(VENV)/.stamps
 ARGS ?=
@@ -18,7 +19,7 @@ $(STAMPS)/base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	mkdir -p $(STAMPS)
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q "$(TRITON)"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q "$(TRITON)"
 	$(BIN)/python -m pip install -q -e ".[transformers,bench]"
 	touch $@
 
