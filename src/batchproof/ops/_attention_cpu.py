@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 
@@ -10,7 +11,9 @@ from . import _exact
 
 __all__ = ["attend_paged", "slots_of", "visible_keys"]
 
+SCRATCH_ELEMENTS = 2**23  # 64 MiB a thread
 _PROBABILITY_UNIT = 2.0**-30  # probabilities are summed in fixed point; 2**22 of them stay exact in float64
+_scratch = threading.local()
 
 
 def slots_of(block_table: torch.Tensor, index: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
@@ -121,13 +124,26 @@ def _round_vectors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """The vectors of x [B, K, H, D], each rounded relative to its largest value, as float64 [B, H, K, D].
 
     With them the power of two above that value [B, H, K, 1] and whether all are finite; those that are not stay.
+    The rounded vectors are in scratch memory, until the next call.
     """
-    largest = x.double().abs_().amax(-1, keepdim=True).transpose(1, 2)  # amax is slow on 16-bit dtypes
+    wide = _scratch_memory(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).copy_(x.transpose(1, 2))
+    largest = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
     above = _exact.power_of_two_above(largest)
-    rounded = torch.empty(*largest.shape[:3], x.shape[-1], dtype=torch.float64).copy_(x.transpose(1, 2))
     finite = bool(largest.isfinite().all())
     magic = above if finite else torch.where(largest.isfinite(), above, torch.zeros_like(above))
-    return _exact.round_rows_(rounded, magic, _exact.bits_for(x)[1]), above, finite
+    return _exact.round_rows_(wide, magic, _exact.bits_for(x)[1]), above, finite
+
+
+def _scratch_memory(*shape: int) -> torch.Tensor:
+    """float64 memory that this thread uses again: having it from the system anew costs more than computing in it."""
+    size = math.prod(shape)
+    if size > SCRATCH_ELEMENTS:
+        return torch.empty(shape, dtype=torch.float64)
+    memory = getattr(_scratch, "memory", None)
+    if memory is None or memory.numel() < size:
+        with torch.inference_mode(False):  # a tensor of inference mode could not be written outside it
+            memory = _scratch.memory = torch.empty(min(2 * size, SCRATCH_ELEMENTS), dtype=torch.float64)
+    return memory[:size].view(shape)
 
 
 def _with_non_finite(out: torch.Tensor, p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
