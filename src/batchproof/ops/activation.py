@@ -7,7 +7,7 @@
 Invariance: an element of the output depends on one element of x, or two, but that alone does not fix its bits: the
 vector and the tail code of a library may compute another exp, and a compiler may contract multiply and add into FMA
 in one of them. On a GPU all elements take the same instructions, since there is one code path (only the width of its
-loads depends on d) and contraction is off. On the CPU everything is made of IEEE operations in float64, without a
+loads depends on d) and contraction is off. On the CPU everything is made of IEEE operations, without a
 library's exp, tanh or sigmoid.
 
 The sigmoid of a negative number is a small exponential, never ``1 - something``, so nothing cancels, and far out the
