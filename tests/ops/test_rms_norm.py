@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from batchproof.errors import ArgumentError, DeviceError, DtypeError, LayoutError, ShapeError, UnsupportedError
-from batchproof.numerics import TOLERANCES, first_mismatch, ulp_distance
+from batchproof.numerics import TOLERANCES, as_bits, first_mismatch, ulp_distance
 from batchproof.ops import rms_norm as module
 from batchproof.ops._library import FLOAT_DTYPES
 from batchproof.ops.rms_norm import (
@@ -160,10 +160,12 @@ def test_a_nan_row_has_one_result(width, gemma, weighted, dtype, generator):
     x[0, ::2], residual[0, 1] = NAN, -NAN
     weight = weight_for(generator, width, dtype, weighted)
     alone = add_rms_norm(x, residual, weight, gemma=gemma)
-    for rows in (2, 3, 33, 257):
+    for rows in (2, 3, 33, 257, 1000):
         batch = add_rms_norm(x.repeat(rows, 1), residual.repeat(rows, 1), weight, gemma=gemma)
         for name, one, many in zip(("out", "sum"), alone, batch, strict=True):
             assert first_mismatch(many, one.expand_as(many)) is None, f"{name} of {rows} rows"
+            kinds = as_bits(many)[many.isnan()].unique()
+            assert many.is_cuda or len(kinds) == 1, f"{name} of {rows} rows has {len(kinds)} kinds of NaN"
 
 
 # Layouts.

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import RecordError
 from ..integrations.transformers import Request
 from .model import Generator
-from .records import AnswerFile, PromptRecord, read_prompts
+from .records import AnswerFile, PromptRecord, digest_of, read_prompts
 
 __all__ = ["Summary", "generate"]
 
@@ -78,8 +78,7 @@ def _check_same(record: PromptRecord, answer: dict[str, object], generator: Gene
             f"{path} holds an answer to another prompt or other parameters under id {record.id!r}; "
             "give the record another id or write to another file"
         )
-    model = answer.get("model")
-    digest = model.get("digest") if isinstance(model, dict) else None
+    digest = digest_of(answer)
     if digest != generator.digest:
         raise RecordError(
             f"{path} holds answers of a model with digest {digest}, this one's is {generator.digest}; "

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import RecordError
 
-__all__ = ["AnswerFile", "Parameters", "PromptRecord", "parse_prompt", "read_lines", "read_prompts"]
+__all__ = ["AnswerFile", "Parameters", "PromptRecord", "digest_of", "parse_prompt", "read_lines", "read_prompts"]
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,12 @@ def _is_foreign(line: bytes) -> bool:
     return not isinstance(value, dict) or "receipt" not in value
 
 
+def digest_of(answer: Mapping[str, Any]) -> Any:
+    """The digest of the model that an answer record names; None if it names none."""
+    model = answer.get("model")
+    return model.get("digest") if isinstance(model, dict) else None
+
+
 class AnswerFile:
     """Answers, appended whole: a line is one write to the kernel, so a killed process leaves no half line behind.
 
@@ -195,7 +201,7 @@ class AnswerFile:
             return
         if not tail.startswith(b"{") or _is_foreign(tail):  # no part of an answer: not ours to cut
             number = content.count(b"\n") + 1
-            raise RecordError(f"{self.path} line {number} is not an answer record; move the file away to start anew")
+            raise self._not_an_answer(number)
         os.ftruncate(self._descriptor, whole)
 
     def read(self) -> dict[str, dict[str, Any]]:
@@ -203,11 +209,12 @@ class AnswerFile:
         answers: dict[str, dict[str, Any]] = {}
         for number, value in read_lines(self.path):
             if not isinstance(value, dict) or not isinstance(value.get("id"), str) or "receipt" not in value:
-                raise RecordError(
-                    f"{self.path} line {number} is not an answer record; move the file away to start anew"
-                )
+                raise self._not_an_answer(number)
             answers[value["id"]] = value
         return answers
+
+    def _not_an_answer(self, number: int) -> RecordError:
+        return RecordError(f"{self.path} line {number} is not an answer record; move the file away to start anew")
 
     def append(self, answer: Mapping[str, Any]) -> None:
         """Write one answer and have the kernel keep it."""

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import RecordError
 from ..integrations.transformers import Request
 from .model import Generator
-from .records import PromptRecord, parse_prompt, read_lines
+from .records import PromptRecord, digest_of, parse_prompt, read_lines
 
 __all__ = ["DIFFERS", "ELSEWHERE", "HOLDS", "UNREADABLE", "Verdict", "read_answers", "verify"]
 
@@ -80,7 +80,7 @@ def verify(
     runnable: dict[str, tuple[_Answer, Request]] = {}
     alone = generator.engine(batch_size=1)
     for answer in answers:
-        digest = answer.value["model"].get("digest") if isinstance(answer.value["model"], dict) else None
+        digest = digest_of(answer.value)
         if digest != generator.digest:
             failures[answer.record.id] = (
                 f"it was made by a model with digest {digest}, this one's is {generator.digest}"
@@ -124,7 +124,7 @@ def _stages(generator: Generator, requests: list[Request], seed: int) -> list[tu
     rng.shuffle(crowd)
     size = min(len(crowd), rng.randint(9, 48))
     return [
-        ("alone", generator.engine(batch_size=1), list(requests)),
+        ("alone", generator.engine(batch_size=1), requests),
         ("in company", generator.engine(size, max_batch_tokens=rng.randint(size, 4 * size)), crowd),
     ]
 

@@ -68,14 +68,18 @@ def round_rows(x: torch.Tensor, above: torch.Tensor, bits: int) -> torch.Tensor:
 
     Adding 1.5 * 2**52 units leaves no room for fractions of one; taking it away again is exact.
     """
-    magic = above * (1.5 * 2.0 ** (52 - bits))
+    magic = _magic(above, bits)
     return (x + magic).sub_(magic)
 
 
 def round_rows_(x: torch.Tensor, above: torch.Tensor, bits: int) -> torch.Tensor:
     """``round_rows`` in place; rows whose ``above`` is 0 stay as they are."""
-    magic = above * (1.5 * 2.0 ** (52 - bits))
+    magic = _magic(above, bits)
     return x.add_(magic).sub_(magic)
+
+
+def _magic(above: torch.Tensor, bits: int) -> torch.Tensor:
+    return above * (1.5 * 2.0 ** (52 - bits))
 
 
 def _all_finite(largest: torch.Tensor) -> bool:

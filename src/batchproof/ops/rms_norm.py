@@ -195,9 +195,9 @@ def _normalise_cpu(x: torch.Tensor, weight: torch.Tensor | None, eps: float, gem
     y = wide * (1.0 / (mean + eps).sqrt())
     if weight is None:
         return _exact.rounded_to(y, x.dtype)
-    if gemma:
-        return _exact.rounded_to(y * (weight.double() + 1.0), x.dtype)
-    return _exact.rounded_to(y, x.dtype).mul_(weight)
+    wide_weight = weight.double()
+    y = y * (wide_weight + 1.0) if gemma else y.to(x.dtype).double() * wide_weight
+    return _exact.rounded_to(y, x.dtype)
 
 
 def _residual_sum(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
