@@ -97,7 +97,7 @@ def size_violations(spec: OpSpec, inputs: Inputs, sizes: Sequence[int]) -> list[
     before, before_size = (), 0
     for size in sorted(sizes):
         with poisoned_memory():
-            out = spec.run(spec.select(inputs, torch.arange(size, device=device)))
+            out = spec.run_rows(spec.select(inputs, torch.arange(size, device=device)))
         if before:
             found += _differing(f"M={size} against M={before_size}", tuple(t[:before_size] for t in out), before)
         before, before_size = out, size
@@ -107,7 +107,7 @@ def size_violations(spec: OpSpec, inputs: Inputs, sizes: Sequence[int]) -> list[
 def place_violations(spec: OpSpec, inputs: Inputs, sizes: Sequence[int], generator: torch.Generator) -> list[str]:
     """Middle, last and shuffled requests in batches of every size against the full batch; large sizes take turns."""
     device, total = _device(inputs, spec), max(sizes)
-    full = spec.run(inputs)
+    full = spec.run_rows(inputs)
     found: list[str] = []
     for turn, size in enumerate(sizes):
         first = torch.arange(size, device=device)
@@ -118,7 +118,7 @@ def place_violations(spec: OpSpec, inputs: Inputs, sizes: Sequence[int], generat
         ]
         for place, index in places if size <= 65 else places[turn % 3 :][:1]:
             with poisoned_memory():
-                out = spec.run(spec.select(inputs, index))
+                out = spec.run_rows(spec.select(inputs, index))
             found += _differing(f"M={size} from {place} against M={total}", out, tuple(t[index] for t in full))
     return found
 
@@ -131,10 +131,10 @@ def neighbour_violations(spec: OpSpec, inputs: Inputs, sizes: Sequence[int]) -> 
         batch = spec.select(inputs, torch.arange(size, device=device))
         for place in sorted({0, size // 2, size - 1}):
             probe = torch.tensor([place], device=device)
-            alone = spec.run(spec.select(inputs, probe))
+            alone = spec.run_rows(spec.select(inputs, probe))
             for value in (0.0, math.inf, math.nan, 1.0):
                 with poisoned_memory():
-                    out = spec.run(with_neighbours(batch, spec, probe, value))
+                    out = spec.run_rows(with_neighbours(batch, spec, probe, value))
                 label = f"M={size}, request {place} among {'the largest' if value == 1.0 else value}"
                 found += _differing(label, tuple(t[probe] for t in out), alone)
     return found
@@ -148,11 +148,11 @@ def odd_rows_violations(spec: OpSpec, inputs: Inputs, sizes: Sequence[int]) -> l
         assert spec.batch_axes[name] == 0
         x = odd[name] = inputs[name].clone()
         x[0::3, ..., 0], x[1::3, ..., -1], x[2::3, ..., 1] = math.nan, math.inf, -math.nan
-    full = spec.run(odd)
+    full = spec.run_rows(odd)
     found: list[str] = []
     for size in sizes:
         index = torch.arange(size, device=device) + (len(full[0]) - size) // 2
-        out = spec.run(spec.select(odd, index))
+        out = spec.run_rows(spec.select(odd, index))
         found += _differing(f"M={size} of rows with NaN and inf", out, tuple(t[index] for t in full))
     return found
 

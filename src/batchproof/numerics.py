@@ -28,6 +28,17 @@ class Tolerance:
 TOLERANCES: dict[str, Tolerance] = {
     "rms_norm": Tolerance(ulp=2, reason="1 ulp of the normalised value (the sum's rounding), 1 more of the product"),
     "rms_norm_unweighted": Tolerance(ulp=1, reason="statistics carry more bits than the output, which is rounded once"),
+    "rms_norm_quant": Tolerance(
+        ulp=1,
+        atol=3.0,
+        reason="a norm off by an ulp is one step of fp8 at most; scales follow the norm: in units of dtype eps |scale|",
+    ),
+    "rms_norm_backward_x": Tolerance(
+        ulp=1, atol=2.0**-20, reason="fp32 sums, one rounding, but terms cancel: absolute in units of the largest term"
+    ),
+    "rms_norm_backward": Tolerance(
+        ulp=1, atol=1.0, reason="fp32 may round a normalised value to its neighbour: in units of dtype eps |term|"
+    ),
     "linear": Tolerance(
         ulp=1, atol=2.0**-20, reason="operand rounding on the CPU, fp32 sums on GPUs: atol in units of K max|x| max|w|"
     ),

@@ -32,6 +32,8 @@ class OpSpec:
         aten: for every aten overload that the switch sends here, a function with that overload's signature.
         in_place: the arguments it writes and returns.
         select_inputs: for ops whose batch is more than an axis of some tensors: what ``select`` returns.
+        row_outputs: how many of its outputs have a row a request, counted from the first; those after them are sums
+            over the batch. None if all have.
     """
 
     name: str
@@ -44,6 +46,7 @@ class OpSpec:
     aten: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     in_place: tuple[str, ...] = ()
     select_inputs: Callable[[Inputs, torch.Tensor], Inputs] | None = None
+    row_outputs: int | None = None
 
     def select(self, inputs: Inputs, index: torch.Tensor) -> Inputs:
         """The inputs of the requests in ``index`` (int64), fresh tensors, everything else shared."""
@@ -59,6 +62,10 @@ class OpSpec:
         arguments = {k: v.clone() if k in self.in_place else v for k, v in inputs.items()}
         out = self.op(**arguments)
         return out if isinstance(out, tuple) else (out,)
+
+    def run_rows(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """``run``, less the outputs that are sums over the batch."""
+        return self.run(inputs)[: self.row_outputs]
 
 
 _SPECS: dict[str, OpSpec] = {}

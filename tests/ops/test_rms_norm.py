@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from batchproof.errors import ArgumentError, DeviceError, DtypeError, LayoutError, ShapeError, UnsupportedError
+from batchproof.errors import ArgumentError, DeviceError, DtypeError, LayoutError, ShapeError
 from batchproof.numerics import TOLERANCES, as_bits, first_mismatch, ulp_distance
 from batchproof.ops import rms_norm as module
 from batchproof.ops._library import FLOAT_DTYPES
+from batchproof.ops._row_launch import row_plan
 from batchproof.ops.rms_norm import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -375,19 +376,6 @@ def test_overlap_is_seen_between_storages_over_the_same_memory():
     refused(LayoutError, "overlap", lambda: fused_add_rms_norm(x, residual, None), x, residual)
 
 
-def test_autograd_is_refused(generator):
-    x, residual, weight = randn(generator, 3, 8), randn(generator, 3, 8), randn(generator, 8).requires_grad_()
-    for call in (
-        lambda: rms_norm(x, weight),
-        lambda: rms_norm(x.clone().requires_grad_()),
-        lambda: add_rms_norm(x, residual, weight),
-        lambda: fused_add_rms_norm(x, residual, weight),
-    ):
-        refused(UnsupportedError, "has no backward pass", call, x, residual)
-    with torch.no_grad():
-        assert first_mismatch(rms_norm(x, weight), rms_norm(x, weight.detach())) is None
-
-
 # The dispatcher and the compiler.
 
 
@@ -419,50 +407,55 @@ def test_compiled_equals_eager(backend, dtype, generator):
             assert first_mismatch(mine, theirs) is None
 
 
-# The Triton kernel, in the interpreter.
+# The Triton kernel, in the interpreter: every launch variant.
 
 
-def launch(x, residual, weight, eps=1e-6, gemma=False):
+def launch(x, residual, weight, eps=1e-6, gemma=False, variant=None):
     out = torch.full_like(x, NAN, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.full_like(out, NAN)
-    module.launch(x, residual, weight, out, total, eps, gemma)
+    module.launch(x, residual, weight, out, total, eps, gemma, variant)
     return out, total
+
+
+def variants(width, dtype):
+    return [variant for _, variant in row_plan(width, dtype).variants]
+
+
+KERNEL_WIDTHS = [1, 7, 64, 100, 512, 1000, 1024, 2048, 5120, 8192, 16384, 20000]
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("gemma", "weighted"), FORMS)
-@pytest.mark.parametrize(
-    ("width", "max_block"), [(1, None), (7, None), (64, None), (100, 16), (100, 128), (20000, None)]
-)
-def test_kernel_in_the_interpreter(width, max_block, gemma, weighted, dtype, generator, monkeypatch):
-    if max_block is not None:
-        monkeypatch.setattr(module, "MAX_BLOCK", max_block)
-    x, residual = (randn(generator, 3, width, dtype=dtype) for _ in range(2))
+@pytest.mark.parametrize("width", KERNEL_WIDTHS)
+def test_kernel_in_the_interpreter(width, gemma, weighted, dtype, generator):
+    rows = 19 if width <= 512 else 3  # more than a program takes
+    x, residual = (randn(generator, rows, width, dtype=dtype) for _ in range(2))
     weight = weight_for(generator, width, dtype, weighted)
-    out, total = launch(x, residual, weight, gemma=gemma)
     expected, expected_total = add_rms_norm_reference(x, residual, weight, gemma=gemma)
-    assert first_mismatch(total, expected_total) is None
-    assert_accurate(out, expected, weighted)
-    plain, _ = launch(total, None, weight, gemma=gemma)
-    assert first_mismatch(plain, out) is None
-    alone, alone_total = launch(x[2:], residual[2:], weight, gemma=gemma)
-    assert first_mismatch(alone, out[2:]) is None
-    assert first_mismatch(alone_total, total[2:]) is None
+    for variant in variants(width, dtype):
+        out, total = launch(x, residual, weight, gemma=gemma, variant=variant)
+        assert first_mismatch(total, expected_total) is None
+        assert_accurate(out, expected, weighted)
+        plain, _ = launch(total, None, weight, gemma=gemma, variant=variant)
+        assert first_mismatch(plain, out) is None
+        alone, alone_total = launch(x[2:3], residual[2:3], weight, gemma=gemma, variant=variant)
+        assert first_mismatch(alone, out[2:3]) is None
+        assert first_mismatch(alone_total, total[2:3]) is None
 
 
 @interpreted
-@pytest.mark.parametrize("max_block", [16, 16384])
-def test_kernel_in_place_into_awkward_views(max_block, generator, monkeypatch):
-    monkeypatch.setattr(module, "MAX_BLOCK", max_block)
-    x, residual, weight = randn(generator, 5, 40), randn(generator, 5, 40), randn(generator, 40)
+@pytest.mark.parametrize("width", [40, 2048, 18000])
+def test_kernel_in_place_into_awkward_views(width, generator):
+    x, residual, weight = randn(generator, 5, width), randn(generator, 5, width), randn(generator, width)
     expected, expected_total = launch(x, residual, weight)
-    for (name, mine), (_, sums) in zip(layouts(x), layouts(residual), strict=True):
-        module.launch(mine, sums, weight, mine, sums, 1e-6, False)
-        for view, wanted in ((mine, expected), (sums, expected_total)):
-            assert first_mismatch(view, wanted) is None, name
-            whole = torch.empty(0).set_(view.untyped_storage())
-            assert int((~whole.isnan()).sum()) == view.numel(), f"{name}: wrote beside the view"
+    for variant in variants(width, torch.float32):
+        for (name, mine), (_, sums) in zip(layouts(x), layouts(residual), strict=True):
+            module.launch(mine, sums, weight, mine, sums, 1e-6, False, variant)
+            for view, wanted in ((mine, expected), (sums, expected_total)):
+                assert first_mismatch(view, wanted) is None, name
+                whole = torch.empty(0).set_(view.untyped_storage())
+                assert int((~whole.isnan()).sum()) == view.numel(), f"{name}: wrote beside the view"
 
 
 @interpreted
@@ -471,3 +464,22 @@ def test_kernel_over_heads_of_a_packed_qkv(generator):
     for view in (qkv.view(4, 5, 24)[:, 1:4], qkv.view(2, 2, 5, 24)[:, :, :3], qkv.view(4, 5, 24).transpose(0, 1)):
         out, _ = launch(view, None, weight)
         assert_accurate(out, rms_norm_reference(view, weight))
+
+
+# Launch variants: one tree. tests/gpu compares their bits; here the layouts they compile to.
+
+
+def test_the_plan_is_a_function_of_the_weight_side():
+    for dtype in FLOAT_DTYPES:
+        for width in (*WIDTHS, 500_000):
+            plan = row_plan(width, dtype)
+            assert [most for most, _ in plan.variants] == sorted({most for most, _ in plan.variants})
+            for rows in (1, 255, 256, 257, 769, 100_000, 2**31 - 1):
+                chunk, chunks, chunks_2 = plan.shape(plan.variant(rows))
+                assert chunk * (chunks - 1) < width <= chunk * chunks
+                assert chunks <= chunks_2 < 2 * chunks
+    with pytest.raises(ShapeError, match="2147483648 rows in one call, want at most 2147483647"):
+        row_plan(64, torch.float16).variant(2**31)
+    wide = row_plan(2_000_000, torch.float16)
+    with pytest.raises(ShapeError, match="hidden_size is 2000000, want at most 1048576"):
+        wide.shape(wide.variant(1))

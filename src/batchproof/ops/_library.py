@@ -72,6 +72,8 @@ def check_positive(op: str, name: str, value: float) -> None:
 
 def check_writable(op: str, name: str, tensor: torch.Tensor) -> None:
     """LayoutError if two elements of ``tensor`` may share memory, so that it cannot be written in place."""
+    if tensor.is_contiguous():
+        return
     extent = 1
     for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         if size > 1:
@@ -102,6 +104,8 @@ def _ranges_meet(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _extent(t: torch.Tensor) -> int:
     """Bytes from the first element to the end of the last."""
+    if t.is_contiguous():
+        return t.nbytes
     last = sum((int(size) - 1) * int(stride) for size, stride in zip(t.shape, t.stride(), strict=True))
     return (last + 1) * t.element_size()
 

@@ -73,6 +73,8 @@ def row_strides(t: torch.Tensor | None) -> tuple[int, int]:
 
 def addressable(t: torch.Tensor, vec: int) -> bool:
     """Whether the kernel can address ``t``: unit stride, 16-byte base, row strides in units of ``vec`` elements."""
+    if t.is_contiguous() and t.data_ptr() % 16 == 0:
+        return True
     if t.data_ptr() % 16 or (t.stride(-1) != 1 and t.shape[-1] > 1):
         return False
     try:

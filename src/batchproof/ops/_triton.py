@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-__all__ = ["HAS_TRITON", "device_guard", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "device_guard", "tl", "triton"]
 
 try:
     import triton
@@ -27,6 +28,10 @@ except ImportError:  # macOS, Windows: the CPU implementations serve
             return args[0] if args and callable(args[0]) else _Missing()
 
     triton = tl = _Missing()
+
+
+# Kernels run on CPU tensors, in Triton's interpreter, whose fp8 casts and fused operations are not the GPU's
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def device_guard(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -6,11 +6,15 @@
 With a residual, ``residual + x`` is first rounded to the activation dtype, stored, and then normalised. On a GPU
 squares are summed in fp32 (fp32 input: in fp64), as the models do: a bf16 row with values past 1.8e19 overflows to 0.
 
-Invariance: on a GPU one program reduces one row, and the binary it runs is a function of (hidden_size, dtype, form)
-alone: the row is summed by the tree that ``tl.sum`` compiles to for BLOCK elements and the warps of the table below.
-What could make Triton compile another tree, the alignment of pointers and strides, is pinned: aligned hidden sizes
-get aligned tensors (anything else is copied first), and no integer argument is specialised on. Contraction of
-multiply and add into FMA is off. On the CPU the sum is exact, so it has no order (see ``_exact``).
+Invariance: on a GPU a row is summed by the tree of ``_row_tree``, a function of (hidden_size, dtype) alone. The number
+of rows chooses how many warps take a row and in which order they read it, from the table in ``_row_launch``; all of
+those launches add in that tree. What could make Triton compile another one, the alignment of pointers and strides, is
+pinned: aligned hidden sizes get aligned tensors (anything else is copied first), and no integer argument is
+specialised on. Contraction of multiply and add into FMA is off. On the CPU the sum is exact, so it has no order (see
+``_exact``).
+
+On sm_90 and later, launches are programmatic dependent ones: this kernel's programs take their places while the
+kernel before it ends, and wait for its end before they touch memory.
 
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019. The fused form is vLLM's
 ``fused_add_rms_norm``, whose block size (and so its bits) changes at 256 tokens.
@@ -25,23 +29,15 @@ import torch
 from ..errors import ShapeError
 from ..registry import OpSpec, register_spec
 from . import _exact
-from ._library import (
-    check_dtype,
-    check_no_overlap,
-    check_positive,
-    check_same,
-    check_writable,
-    register_op,
-    require_no_grad,
-)
-from ._rows import readable, row_strides, writable
-from ._triton import device_guard, tl, triton
+from ._autograd import is_recorded, refuse_leaves
+from ._library import check_dtype, check_no_overlap, check_positive, check_same, check_writable, register_op
+from ._row_launch import CachedKernel, RowVariant, address_rows, row_plan
+from ._row_tree import along_rows, load_rows, normalised, outer_and_inner, row_rstd, wait_for_inputs
+from ._rows import readable
+from ._triton import tl, triton
+from .rms_norm_backward import with_gradient
 
 __all__ = ["add_rms_norm", "add_rms_norm_reference", "fused_add_rms_norm", "rms_norm", "rms_norm_reference"]
-
-MAX_BLOCK = 16384  # elements held in registers; wider rows are read twice
-# (widest BLOCK, warps): the launch is a function of hidden_size alone
-NUM_WARPS = ((512, 1), (1024, 2), (4096, 4), (8192, 8), (MAX_BLOCK, 16))
 
 
 def rms_norm_reference(
@@ -66,58 +62,53 @@ def add_rms_norm_reference(
 
 
 @triton.jit(
-    do_not_specialize=["num_inner", "eps"]
+    do_not_specialize=["num_rows", "num_inner", "eps"]
     + [f"{tensor}_{axis}" for tensor in ("x", "residual", "out", "residual_out") for axis in ("outer", "inner")]
 )
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, residual_out_ptr,
     x_outer: tl.int64, x_inner: tl.int64, residual_outer: tl.int64, residual_inner: tl.int64,
     out_outer: tl.int64, out_inner: tl.int64, residual_out_outer: tl.int64, residual_out_inner: tl.int64,
-    num_inner: tl.int64, eps: tl.float32,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, GEMMA: tl.constexpr,
+    num_rows: tl.int32, num_inner: tl.int32, eps: tl.float64,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_2: tl.constexpr,
+    VEC: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    AHEAD: tl.constexpr, HOLD: tl.constexpr, LATE: tl.constexpr, GEMMA: tl.constexpr, FLAT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row of HIDDEN elements. Rows are addressed by two strides, in units of VEC elements."""
-    row = tl.program_id(0).to(tl.int64)
-    outer = row // num_inner
-    inner = row % num_inner
-    x_ptr += (outer * x_outer + inner * x_inner) * VEC
-    out_ptr += (outer * out_outer + inner * out_inner) * VEC
-    if HAS_RESIDUAL:
-        residual_ptr += (outer * residual_outer + inner * residual_inner) * VEC
-        residual_out_ptr += (outer * residual_out_outer + inner * residual_out_inner) * VEC
-    dtype = out_ptr.dtype.element_ty
-
-    squares = tl.zeros([BLOCK], dtype=ACC)
-    for start in tl.static_range(0, HIDDEN, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        mask = columns < HIDDEN
-        value = tl.load(x_ptr + columns, mask=mask, other=0.0).to(ACC)
-        if HAS_RESIDUAL:
-            value = (value + tl.load(residual_ptr + columns, mask=mask, other=0.0).to(ACC)).to(dtype)
-            tl.store(residual_out_ptr + columns, value, mask=mask)
-            value = value.to(ACC)
-        squares += value * value
-
-    mean = tl.sum(squares, axis=0) / HIDDEN + eps
-    if ACC == tl.float64:
-        rstd = 1.0 / tl.sqrt(mean)
+    """ROWS rows of HIDDEN elements. Rows are addressed by two strides, in units of ALIGN elements; by one if FLAT."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    if ROWS == 1:
+        row_mask = True
     else:
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(mean))
+        row_mask = row < num_rows
+    outer, inner = outer_and_inner(row, num_inner, FLAT)
+    columns = tl.arange(0, CHUNK)[None, :]
+    x_ptr += (outer * x_outer + inner * x_inner) * ALIGN
+    out_ptr += (outer * out_outer + inner * out_inner) * ALIGN
+    if residual_ptr is not None:
+        residual_ptr += (outer * residual_outer + inner * residual_inner) * ALIGN
+        residual_out_ptr += (outer * residual_out_outer + inner * residual_out_inner) * ALIGN
 
-    if HAS_RESIDUAL and HIDDEN > BLOCK:
-        tl.debug_barrier()  # the sum is read back below, perhaps by another thread than wrote it
-    for start in tl.static_range(0, HIDDEN, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        mask = columns < HIDDEN
-        if HIDDEN > BLOCK:
-            source_ptr = residual_out_ptr if HAS_RESIDUAL else x_ptr
-            value = tl.load(source_ptr + columns, mask=mask, other=0.0).to(ACC)
-        y = value * rstd
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(ACC)
-            y = y * (1.0 + weight) if GEMMA else y.to(dtype).to(ACC) * weight
-        tl.store(out_ptr + columns, y.to(dtype), mask=mask)
+    wait_for_inputs(PDL)
+    values, weights, parts = load_rows(
+        x_ptr, residual_ptr, residual_out_ptr, weight_ptr, columns, row_mask,
+        HIDDEN, CHUNK, CHUNKS, VEC, ACC, AHEAD, HOLD, LATE, PDL,
+    )  # fmt: skip
+    rstd = along_rows(row_rstd(parts, eps, HIDDEN, CHUNKS_2))
+    source_ptr = x_ptr
+    if residual_ptr is not None:
+        source_ptr = residual_out_ptr
+    if not HOLD:
+        tl.debug_barrier()  # what is read back below may have been written by another thread
+    for i in tl.static_range(CHUNKS):
+        at = i * CHUNK + columns
+        y = normalised(
+            values, weights, source_ptr, weight_ptr, columns, row_mask, rstd, i, HIDDEN, CHUNK, AHEAD, HOLD, GEMMA
+        )
+        tl.store(out_ptr + at, y, mask=(at < HIDDEN) & row_mask)
+
+
+_KERNEL = CachedKernel(_rms_norm_kernel)
 
 
 def launch(
@@ -128,38 +119,29 @@ def launch(
     residual_out: torch.Tensor | None,
     eps: float,
     gemma: bool,
+    variant: RowVariant | None = None,
 ) -> None:
-    """Run the kernel on tensors of one shape; ``out`` may be ``x`` and ``residual_out`` may be ``residual``."""
+    """Run the kernel on tensors of one shape; ``out`` may be ``x`` and ``residual_out`` may be ``residual``.
+
+    ``variant`` is the plan's for the number of rows unless it is given: the bits are the same.
+    """
     if x.numel() == 0:
         return
-    hidden_size = x.shape[-1]
-    vec = 16 // x.element_size()
-    vec = vec if hidden_size % vec == 0 else 1
-    sources = [readable(t, vec) for t in (x, residual)]
-    targets = [writable(t, vec) for t in (out, residual_out)]
-    block = min(triton.next_power_of_2(hidden_size), MAX_BLOCK)
-    warps = next(count for widest, count in NUM_WARPS if block <= widest)
-    pointers: list[Any] = [*sources, readable(weight, 1), *targets]
-    strides = [step // vec for t in (*sources, *targets) for step in row_strides(t)]
-    with device_guard(x):
-        _rms_norm_kernel[(x.numel() // hidden_size,)](
-            *pointers,
-            *strides,
-            x.shape[-2] if x.dim() > 2 else 1,
-            eps,
-            HIDDEN=hidden_size,
-            BLOCK=block,
-            VEC=vec,
-            ACC=tl.float64 if x.dtype == torch.float32 else tl.float32,
-            HAS_RESIDUAL=residual is not None,
-            HAS_WEIGHT=weight is not None,
-            GEMMA=gemma,
-            num_warps=warps,
-            enable_fp_fusion=False,
-        )
-    for original, target in zip((out, residual_out), targets, strict=True):
-        if original is not None and target is not None and target is not original:
-            original.copy_(target)
+    plan = row_plan(x.shape[-1], x.dtype)
+    rows = address_rows(plan, (x, residual), (out, residual_out))
+    variant = variant or plan.variant(rows.num_rows)
+    source, added, target, total = rows.tensors
+    flat = rows.num_inner == 1
+    _KERNEL(
+        (plan, variant, residual is None, weight is None, gemma, flat),
+        -(-rows.num_rows // plan.rows),
+        x,
+        (source, added, readable(weight, 1), target, total, *rows.strides, rows.num_rows, rows.num_inner, eps),
+        (*plan.constants(variant), gemma, flat),
+        variant.warps,
+    )
+    for original, copy in rows.pending:
+        original.copy_(copy)
 
 
 def _validate(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float) -> None:
@@ -279,6 +261,7 @@ _fused_add_rms_norm = register_op(
     "fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor? weight, float eps, bool gemma) -> ()",
     cpu=_fused_add_rms_norm_cpu, cuda=_fused_add_rms_norm_cuda, fake=_fused_add_rms_norm_fake,
 )  # fmt: skip
+_rms_norm, _add_rms_norm = with_gradient(_rms_norm), with_gradient(_add_rms_norm)
 
 
 def rms_norm(
@@ -299,11 +282,9 @@ def rms_norm(
 
     Raises:
         ShapeError, DtypeError, DeviceError, ArgumentError: before anything is written.
-        UnsupportedError: autograd would record the call.
 
     Source: Zhang and Sennrich, 2019; the roundings of Hugging Face's LlamaRMSNorm and GemmaRMSNorm.
     """
-    require_no_grad("rms_norm", x, weight)
     result: torch.Tensor = _rms_norm(x, weight, eps, gemma)
     return result
 
@@ -325,13 +306,25 @@ def fused_add_rms_norm(
     Raises:
         ShapeError, DtypeError, DeviceError, ArgumentError: before anything is written.
         LayoutError: x and residual overlap, or one of them overlaps itself.
-        UnsupportedError: autograd would record the call.
+        UnsupportedError: autograd would record the call, and x or residual is a leaf that requires grad.
 
     Source: vLLM's ``fused_add_rms_norm``.
     """
-    require_no_grad("fused_add_rms_norm", x, residual, weight)
+    if is_recorded(x, residual, weight):
+        return _recorded_in_place(x, residual, weight, eps, gemma)
     _fused_add_rms_norm(x, residual, weight, eps, gemma)
     return x, residual
+
+
+def _recorded_in_place(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, gemma: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The functional form, copied: the next norm writes over ``residual``, of which this one's gradient is made."""
+    if not torch.compiler.is_compiling():  # traced tensors have no addresses to compare
+        _validate_in_place(x, residual, weight, eps)
+    refuse_leaves("fused_add_rms_norm", x=x, residual=residual)
+    out, total = _add_rms_norm(x, residual, weight, eps, gemma)
+    return x.copy_(out), residual.copy_(total)
 
 
 def add_rms_norm(
@@ -343,7 +336,6 @@ def add_rms_norm(
 
     Args, invariance and errors are those of ``fused_add_rms_norm``; x and residual may overlap here.
     """
-    require_no_grad("add_rms_norm", x, residual, weight)
     result: tuple[torch.Tensor, torch.Tensor] = _add_rms_norm(x, residual, weight, eps, gemma)
     return result
 
