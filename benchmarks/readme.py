@@ -1,15 +1,21 @@
-"""Write the figures of README.md from the committed result files; ``--check`` only says whether they are the same."""
+"""Write the figures of README.md and docs from the committed result files; ``--check`` only says whether they are."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tables
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+BENCHMARKS = HERE.parent / "docs" / "benchmarks.md"
+NORMS: tuple[str, ...] = ()  # the norm benchmarks whose result files are there; "rms_norm" is the first
 
 
 def load(path: str) -> dict[str, Any]:
@@ -69,32 +75,51 @@ def tests_line(path: str) -> str:
     )
 
 
-BLOCKS = {
-    "demo cpu": lambda: demo_table("cpu/demo.json"),
-    "generate cpu": lambda: generate_table("cpu/generate.json"),
-    "generate h200": lambda: generate_table("h200/generate.json"),
-    "tests h200": lambda: tests_line("h200/tests.json"),
-}
+def norms_summary() -> str:
+    """The norms in few lines."""
+    return tables.summary({name: load(f"h200/{name}.json") for name in NORMS}, "docs/norms_latency_h200.png")
 
 
-def render(text: str) -> str:
-    """``text`` with every block between its markers made anew."""
-    for name, block in BLOCKS.items():
+def norms_page(name: str) -> str:
+    """All figures of one norm benchmark, and the plots, which are of the first."""
+    plots = "".join(f"![{what}](norms_{what}_h200.png)\n\n" for what in ("latency", "bandwidth") if name == NORMS[0])
+    return plots + tables.full(name, load(f"h200/{name}.json"))
+
+
+Blocks = dict[str, Callable[[], str]]
+
+
+def pages() -> dict[Path, Blocks]:
+    """What fills the markers of every page."""
+    blocks: Blocks = {
+        "demo cpu": lambda: demo_table("cpu/demo.json"),
+        "generate cpu": lambda: generate_table("cpu/generate.json"),
+        "generate h200": lambda: generate_table("h200/generate.json"),
+        "tests h200": lambda: tests_line("h200/tests.json"),
+    }
+    if NORMS:
+        blocks["norms h200"] = norms_summary
+    return {README: blocks, BENCHMARKS: {f"{name} h200": partial(norms_page, name) for name in NORMS}}
+
+
+def render(page: Path, text: str) -> str:
+    """``text`` of ``page`` with every block between its markers made anew."""
+    for name, block in pages()[page].items():
         begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)
         text, count = re.subn(pattern, lambda _, b=begin, e=end, f=block: f"{b}\n{f()}\n{e}", text, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"README.md has the block {name!r} {count} times, want once")
+            raise SystemExit(f"{page.name} has the block {name!r} {count} times, want once")
     return text
 
 
 def main() -> int:
-    """Write README.md, or check it."""
-    text = README.read_text()
-    rendered = render(text)
+    """Write the pages, or check them."""
+    stale = {page: rendered for page in pages() if (rendered := render(page, page.read_text())) != page.read_text()}
     if "--check" in sys.argv[1:]:
-        return 0 if rendered == text else 1
-    README.write_text(rendered)
+        return 1 if stale else 0
+    for page, rendered in stale.items():
+        page.write_text(rendered)
     return 0
 
 
