@@ -76,6 +76,17 @@ def gelu_tanh_and_mul_reference(x: torch.Tensor) -> torch.Tensor:
     return (gelu_tanh_reference(gate).double() * up.double()).to(x.dtype)
 
 
+@triton.jit
+def times_sigmoid(x, v):
+    """x * sigmoid(v), unrounded, for x and v in fp32 or fp64."""
+    # sigmoid(v) = 1 / (1 + e**2) for v >= 0 and e**2 / (1 + e**2) below, with e = exp(-|v| / 2). In two factors the
+    # exponential does not underflow before its product with x does.
+    e = tl.exp(tl.abs(v) * -0.5)
+    negative = v < 0.0
+    y = tl.where(negative, x * e, x) / (1.0 + e * e)
+    return tl.where(negative, y * e, y)
+
+
 @triton.jit(do_not_specialize=["num_vectors"])
 def _activation_kernel(
     x_ptr, out_ptr, num_vectors: tl.int64,
@@ -92,12 +103,7 @@ def _activation_kernel(
 
     x = tl.load(x_ptr + columns, mask=mask, other=0.0).to(ACC)
     v = x * (x * x * _GELU_CUBIC_TL + _GELU_LINEAR_TL) if GELU else x
-    # sigmoid(v) = 1 / (1 + e**2) for v >= 0 and e**2 / (1 + e**2) below, with e = exp(-|v| / 2). In two factors the
-    # exponential does not underflow before its product with x does.
-    e = tl.exp(tl.abs(v) * -0.5)
-    negative = v < 0.0
-    y = tl.where(negative, x * e, x) / (1.0 + e * e)
-    y = tl.where(negative, y * e, y).to(dtype)
+    y = times_sigmoid(x, v).to(dtype)
     if GATED:
         up = tl.load(x_ptr + width + columns, mask=mask, other=0.0).to(tl.float32)
         y = (y.to(tl.float32) * up).to(dtype)
@@ -120,16 +126,20 @@ def launch(x: torch.Tensor, out: torch.Tensor, gelu: bool, gated: bool) -> None:
         )  # fmt: skip
 
 
-def _activate_cpu(x: torch.Tensor, gelu: bool) -> torch.Tensor:
-    """x * sigmoid(v), by the kernel's formula: in fp32 for 16-bit dtypes, in float64 for fp32."""
-    narrow = x.element_size() == 2
-    wide = x.float() if narrow else x.double()
-    v = wide * (wide * wide * _GELU_CUBIC + _GELU_LINEAR) if gelu else wide
+def times_sigmoid_cpu(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """``times_sigmoid`` in operations that IEEE 754 defines, for x and v in fp32 or float64."""
     half = v.abs().mul_(-0.5)
-    e = _exact.exp(half) if narrow else _exact.exp_float64(half)
+    e = _exact.exp(half) if v.dtype == torch.float32 else _exact.exp_float64(half)
     # Two factors e: the exponential must not underflow before its product with x does.
     factor = torch.where(v < 0.0, e, torch.ones_like(e))
-    return (wide * factor).div_((e * e).add_(1.0)).mul_(factor).to(x.dtype)
+    return (x * factor).div_((e * e).add_(1.0)).mul_(factor)
+
+
+def _activate_cpu(x: torch.Tensor, gelu: bool) -> torch.Tensor:
+    """x * sigmoid(v), by the kernel's formula: in fp32 for 16-bit dtypes, in float64 for fp32."""
+    wide = x.float() if x.element_size() == 2 else x.double()
+    v = wide * (wide * wide * _GELU_CUBIC + _GELU_LINEAR) if gelu else wide
+    return times_sigmoid_cpu(wide, v).to(x.dtype)
 
 
 def _validate(op: str, x: torch.Tensor, gated: bool) -> None:
