@@ -62,11 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def describe() -> dict[str, Any]:
-    """Where and of what a result is: device, versions, commit, time."""
+    """Where and of what a result is: device, versions, commit (COMMIT, where there is no history to ask), time."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = (
+        os.environ.get("COMMIT")
+        or subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
     facts = environment(device, torch.bfloat16)
     threads = {} if device.type == "cuda" else {"threads": torch.get_num_threads()}
     return {**facts, **threads, "commit": commit or "unknown", "date": time.strftime("%Y-%m-%d")}

@@ -1,5 +1,7 @@
 """Norms on a GPU: every launch variant has the bits of every other, quantised or not, and none is chosen by layout."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from batchproof.ops._quantize import (
     quantize_per_token_reference,
     quantize_static_fp8_reference,
 )
-from batchproof.ops._row_launch import row_plan
+from batchproof.ops._row_launch import VARIANTS, row_plan
 from batchproof.ops.rms_norm import add_rms_norm, rms_norm
 from batchproof.ops.rms_norm_quant import rms_norm_dynamic_per_token_quant
 
@@ -38,6 +40,12 @@ def hostile_rows(rows, width, dtype, device, kind):
     return x.to(dtype), residual.to(dtype)
 
 
+def variants(width, dtype):
+    """Those of every kind of kernel: they share the tree, so that a quantised norm has the bits of the norm."""
+    plans = [row_plan(width, dtype, kind) for kind in VARIANTS]
+    return list(dict.fromkeys(variant for plan in plans for _, variant in plan.variants))
+
+
 def run_variant(x, residual, weight, gemma, variant):
     out, total = (torch.full_like(x, float("nan")) for _ in range(2))
     norm_module.launch(x, residual, weight, out, total, 1e-6, gemma, variant)
@@ -51,7 +59,7 @@ def test_every_variant_has_the_bits_of_every_other(width, dtype, kind, device):
     x, residual = hostile_rows(1200, width, dtype, device, kind)
     weight = torch.randn(width, device=device).to(dtype)
     for gemma in (False, True):
-        first, *others = [variant for _, variant in row_plan(width, dtype).variants]
+        first, *others = variants(width, dtype)
         expected = run_variant(x, residual, weight, gemma, first)
         for variant in (first, *others):
             assert_same(run_variant(x, residual, weight, gemma, variant), expected, f"{variant}")
@@ -65,7 +73,7 @@ def test_a_variant_with_another_tree_would_be_seen(width, device, monkeypatch):
     """The control: vectors of 8 bytes rather than 16, all else the same."""
     x, residual = hostile_rows(1200, width, torch.float16, device, "wide exponents")
     expected = run_variant(x, residual, None, False, None)
-    other = row_plan(width, torch.float16)._replace(vec=4)
+    other = dataclasses.replace(row_plan(width, torch.float16), vec=4)
     monkeypatch.setattr(norm_module, "row_plan", lambda *_: other)
     assert first_mismatch(run_variant(x, residual, None, False, None)[0], expected[0]) is not None
 
@@ -118,7 +126,7 @@ def test_quantised_norms_have_the_bits_of_the_norm_then_quantised(width, dtype, 
         ("block", fp8): quantize_per_block_reference(y, group),
     }
     for (mode, out_dtype), (expected, expected_scales) in cases.items():
-        for _, variant in row_plan(width, dtype).variants:
+        for variant in variants(width, dtype):
             out, sums = torch.full_like(y, 7.0).to(out_dtype), torch.full_like(y, float("nan"))
             scales = None if expected_scales is None else torch.full_like(expected_scales, float("nan"))
             quant_kernel.launch(

@@ -28,12 +28,12 @@ def _magnitude(y):
 
 
 @triton.jit
-def _quotient(y, scale):
+def _quotient(y, scale, BOUNDED: tl.constexpr):
     """``y / scale`` rounded to nearest, in three operations: Markstein's correction of y times the reciprocal.
 
     It is exact because the reciprocal is rounded to nearest and nothing that matters under- or overflows: |y| is at
-    most 448 times the scale but for what saturates anyway, and below 2**-11 of it the result is 0 either way. An
-    infinite scale makes finite values 0, so that their remainder must not be taken.
+    most 448 times the scale, and below 2**-11 of it the result is 0 either way. With a BOUNDED scale |y| may be far
+    beyond that, and saturates as it is. An infinite scale makes finite values 0: no remainder of theirs may be taken.
     """
     if _INTERPRETED:  # its fma rounds twice
         quotient = tl.div_rn(y, scale)
@@ -43,6 +43,8 @@ def _quotient(y, scale):
         estimate = y * reciprocal
         excess = tl.fma(estimate, finite, -y)
         quotient = tl.fma(excess, -reciprocal, estimate)  # signed so that -0 stays -0
+        if BOUNDED:
+            quotient = tl.where(tl.abs(estimate) > 2.0 * _FP8_MAX, estimate, quotient)
     return quotient
 
 
@@ -118,7 +120,7 @@ def _rms_norm_quant_kernel(
 
     wait_for_inputs(PDL)
     if MODE == STATIC:
-        factor = tl.div_rn(1.0, tl.load(scale_ptr))  # on its way while the row is
+        static_scale = tl.load(scale_ptr)  # on its way while the row is
     values, weights, parts = load_rows(
         x_ptr, residual_ptr, residual_out_ptr, weight_ptr, columns, row_mask,
         HIDDEN, CHUNK, CHUNKS, VEC, ACC, AHEAD, HOLD, LATE, PDL,
@@ -143,6 +145,8 @@ def _rms_norm_quant_kernel(
                 amax = tl.minimum(amax, tl.load(scale_ptr))
             scale = tl.maximum(tl.div_rn(amax, _FP8_MAX), _FP8_MIN_SCALE)
         tl.store(scales_ptr + row, scale, mask=row_mask)
+    elif MODE == STATIC:
+        factor = tl.div_rn(1.0, static_scale)
     for i in tl.static_range(CHUNKS):
         y = normalised(
             values, weights, source_ptr, weight_ptr, columns, row_mask, rstd, i, HIDDEN, CHUNK, AHEAD, HOLD, GEMMA
@@ -154,7 +158,7 @@ def _rms_norm_quant_kernel(
             number = i * BLOCKS + tl.arange(0, BLOCKS)[None, :, None]
             blocks_ptr = scales_ptr + row.to(tl.int64) * (HIDDEN // GROUP) + number
             tl.store(blocks_ptr, scale, mask=number < HIDDEN // GROUP)
-            out = _to_fp8(_quotient(y, scale), -_FP8_MAX)
+            out = _to_fp8(_quotient(y, scale, False), -_FP8_MAX)
         elif MODE == BLOCK:
             scale = tl.full(y.shape, 1.0, tl.float32)
             for number in tl.static_range(HIDDEN // GROUP):
@@ -162,11 +166,11 @@ def _rms_norm_quant_kernel(
                 its_scale = _block_scale(tl.where(in_block, y, 0.0), 1)
                 tl.store(scales_ptr + row.to(tl.int64) * (HIDDEN // GROUP) + number, its_scale, mask=row_mask)
                 scale = tl.where(in_block, its_scale, scale)
-            out = _to_fp8(_quotient(y, scale), -_FP8_MAX)
+            out = _to_fp8(_quotient(y, scale, False), -_FP8_MAX)
         elif INT8:
             out = _to_int8(y * factor)
         else:
-            out = _to_fp8(_quotient(y, scale), _FP8_MAX)
+            out = _to_fp8(_quotient(y, scale, scale_ptr is not None), _FP8_MAX)
         at = i * CHUNK + columns
         tl.store(out_ptr + at, out, mask=(at < HIDDEN) & row_mask)
 

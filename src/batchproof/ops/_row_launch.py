@@ -41,39 +41,64 @@ class RowVariant(NamedTuple):
     hold: bool = True
 
 
+late = functools.partial(RowVariant, late=True)
+stream = functools.partial(RowVariant, ahead=False)
+early = RowVariant
+
 # For each kind of kernel: (widest row in vectors of 16 bytes, ((most rows, variant), ...)), measured on an H200; bf16
 # hidden sizes beside it. "static" is the norm with static quantisation, "dynamic" with scales made of the row.
 Variants = tuple[tuple[int, tuple[tuple[int, RowVariant], ...]], ...]
-PACKED = (32, ((ANY, RowVariant(8)),))  # up to 256: several rows a program
+PACKED = (32, ((ANY, early(8)),))  # up to 256: several rows a program
 WIDE = (MAX_ROWS, ((ANY, RowVariant(16, False, hold=False)),))
 VARIANTS: dict[str, Variants] = {
     "norm": (
         PACKED,
-        (64, ((ANY, RowVariant(2)),)),  # 512
-        (128, ((ANY, RowVariant(2, late=True)),)),  # 1024
-        (256, ((12288, RowVariant(4, late=True)), (ANY, RowVariant(8)))),  # 2048
-        (512, ((3072, RowVariant(4, late=True)), (ANY, RowVariant(8, False)))),  # 4096
-        (640, ((6144, RowVariant(4, late=True)), (ANY, RowVariant(2, late=True)))),  # 5120
-        (1024, ((384, RowVariant(8, late=True)), (6144, RowVariant(4, late=True)), (ANY, RowVariant(8, False)))),
-        (2048, ((384, RowVariant(16, late=True)), (6144, RowVariant(8, late=True)), (ANY, RowVariant(16, False)))),
+        (64, ((ANY, early(2)),)),  # 512
+        (128, ((ANY, late(2)),)),  # 1024
+        (256, ((1536, late(4)), (6144, early(2)), (ANY, early(8)))),  # 2048
+        (512, ((3072, late(4)), (ANY, stream(8)))),  # 4096
+        (640, ((6144, late(4)), (ANY, early(16)))),  # 5120
+        (1024, ((384, late(8)), (1536, early(4)), (6144, early(16)), (ANY, stream(8)))),
+        (2048, ((384, late(16)), (6144, late(8)), (ANY, stream(16)))),
         WIDE,
     ),
     "static": (
         PACKED,
-        (64, ((ANY, RowVariant(2)),)),
-        (128, ((ANY, RowVariant(2, late=True)),)),
-        (256, ((ANY, RowVariant(4, late=True)),)),
-        (640, ((96, RowVariant(4)), (1536, RowVariant(4, late=True)), (ANY, RowVariant(8, late=True)))),
-        (1024, ((96, RowVariant(4)), (384, RowVariant(8, late=True)), (ANY, RowVariant(16, late=True)))),
-        (2048, ((ANY, RowVariant(16, late=True)),)),
+        (64, ((ANY, early(2)),)),
+        (128, ((ANY, late(2)),)),
+        (256, ((ANY, late(4)),)),
+        (640, ((96, early(4)), (1536, late(4)), (ANY, late(8)))),
+        (1024, ((96, early(4)), (384, late(8)), (ANY, late(16)))),
+        (2048, ((ANY, late(16)),)),
         WIDE,
     ),
     "dynamic": (
         PACKED,
-        (64, ((ANY, RowVariant(2)),)),
-        (128, ((ANY, RowVariant(4, late=True)),)),
-        (640, ((ANY, RowVariant(8, late=True)),)),
-        (2048, ((ANY, RowVariant(16, late=True)),)),
+        (64, ((ANY, early(2)),)),
+        (128, ((ANY, late(4)),)),
+        (640, ((ANY, late(8)),)),
+        (2048, ((ANY, late(16)),)),
+        WIDE,
+    ),
+    # A row with weight and bias, and one with its gate, are more for a thread to hold: 5 vectors at most, and 3
+    "layer_norm": (
+        PACKED,
+        (64, ((ANY, early(2)),)),
+        (128, ((ANY, late(2)),)),
+        (256, ((ANY, late(4)),)),
+        (640, ((3072, late(4)), (ANY, stream(8)))),
+        (1024, ((3072, late(8)), (ANY, stream(8)))),
+        (2048, ((3072, late(16)), (ANY, stream(16)))),
+        WIDE,
+    ),
+    "gated": (
+        PACKED,
+        (64, ((ANY, early(2)),)),
+        (128, ((ANY, late(2)),)),
+        (256, ((ANY, late(4)),)),
+        (640, ((3072, late(8)), (ANY, stream(8)))),
+        (1024, ((3072, late(16)), (ANY, stream(8)))),
+        (2048, ((ANY, stream(16)),)),
         WIDE,
     ),
 }  # fmt: skip
@@ -99,7 +124,7 @@ class RowPlan:
     rows: int
     accumulator: Any
     variants: tuple[tuple[int, RowVariant], ...]
-    _constants: dict[RowVariant, tuple[Any, ...]] = field(default_factory=dict)
+    _constants: dict[RowVariant, tuple[Any, ...]] = field(default_factory=dict, init=False)
 
     def variant(self, num_rows: int) -> RowVariant:
         """The fastest variant for this many rows."""
