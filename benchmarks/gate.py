@@ -17,8 +17,7 @@ from batchproof.numerics import TOLERANCES, as_bits, first_mismatch, ulp_distanc
 from batchproof.registry import Inputs, OpSpec
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # the adversaries and units of the tests
-from invariance import cancelling, wide_exponents
-from test_invariance import scale_of
+from invariance import cancelling, scale_of, wide_exponents
 
 ADVERSARIES = (cancelling, wide_exponents)
 BATCHES = (2, 17, 130, 257, 1025)  # other sizes than the case's; besides single rows

@@ -15,7 +15,7 @@ import tables
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BENCHMARKS = HERE.parent / "docs" / "benchmarks.md"
-NORMS: tuple[str, ...] = ()  # the norm benchmarks whose result files are there; "rms_norm" is the first
+NORMS: tuple[str, ...] = ("rms_norm", "rms_norm_quant", "rms_norm_backward")
 
 
 def load(path: str) -> dict[str, Any]:

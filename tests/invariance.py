@@ -174,5 +174,26 @@ def violations(
     ]
 
 
+def scale_of(spec: OpSpec, inputs: Inputs, wanted: torch.Tensor) -> torch.Tensor:
+    """What an op's absolute tolerance is in units of, broadcast over its output ``wanted``."""
+    if spec.tolerance == "rms_norm_quant":
+        return wanted.double().abs() * torch.finfo(inputs["x"].dtype).eps
+    if spec.name == "rms_norm_backward":  # the largest term of a row's sum, or of a column's
+        grad, x = inputs["grad_out"].double().abs(), inputs["x"].double().abs()
+        terms = grad.amax(-1, keepdim=True) if wanted.dim() > 1 else (grad * x).amax(0)
+        return terms * torch.finfo(inputs["x"].dtype).eps
+    if spec.name == "linear":
+        return inputs["x"].double().abs() @ inputs["weight"].double().abs().t()
+    if spec.name == "layer_norm":
+        x, weight, bias = (inputs[name].double() for name in ("x", "weight", "bias"))
+        return x.abs().amax(-1, keepdim=True) / x.std(-1, keepdim=True) * weight.abs() + bias.abs()
+    x = next(inputs[name] for name in spec.batch_axes).double().abs()
+    if spec.name == "paged_attention":
+        return inputs["v_cache"].double().abs().amax()
+    if spec.name == "rope":
+        return x.amax((1, 2), keepdim=True)
+    return {"log_softmax": x.amax(-1, keepdim=True), "mean": x.mean(-1)}.get(spec.name, torch.ones((), device=x.device))
+
+
 def _device(inputs: Inputs, spec: OpSpec) -> torch.device:
     return inputs[next(iter(spec.batch_axes))].device

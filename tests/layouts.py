@@ -2,7 +2,7 @@
 
 ``tl.sum`` adds in an order that its operand's layout decides, and the layout is the compiler's to choose: a store, a
 reshape or a scale elsewhere in a kernel can change it. Run as a program, because the tests' own process interprets
-kernels; it prints a JSON object from "kernel, width, dtype, variant" to the layouts, and to how many registers spill.
+kernels; it prints a JSON object from "kernel, width, dtype, variant" to the layouts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from batchproof.ops import _rms_norm_quant_kernel as quant
+from batchproof.ops import layer_norm
 from batchproof.ops import rms_norm as norm
-from batchproof.ops._row_launch import RowPlan, RowVariant, row_plan
+from batchproof.ops import rms_norm_gated as gated
+from batchproof.ops._row_launch import RowPlan, row_plan
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 Bases = list[list[int]]
@@ -89,26 +92,30 @@ def blocked(layout: str, shape: list[int]) -> dict[str, Bases]:
     return {"register": bases["register"] + bases["rest"], "lane": bases["lane"], "warp": bases["warp"]}
 
 
-def norm_binary(plan: RowPlan, variant: RowVariant, dtype: torch.dtype) -> Any:
-    """``rms_norm`` with a residual."""
-    kind = TYPES[dtype]
-    pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "residual_out_ptr"), kind)
-    return _compiled(norm._rms_norm_kernel, pointers, (*plan.constants(variant), False, True, True), variant)
+Form = tuple[str, str, Any, dict[str, str | None], tuple[Any, ...]]
 
 
-def quant_binary(plan: RowPlan, variant: RowVariant, dtype: torch.dtype, mode: str, int8: bool) -> Any:
-    """``rms_norm_quant`` with a residual."""
-    kind, constants = TYPES[dtype], plan.constants(variant)
-    pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "residual_out_ptr"), kind)
-    pointers |= {"out_ptr": "i8" if int8 else "fp8e4nv", "scale_ptr": "fp32" if mode == "static" else None}
-    pointers |= {"scales_ptr": None if mode == "static" else "fp32"}
-    group = min(128, plan.hidden_size) if mode == "block" else constants[2]
-    values = (*constants, False, True, quant.MODES[mode], int8, group, True)
-    return _compiled(quant._rms_norm_quant_kernel, pointers, values, variant)
-
-
-def _compiled(kernel: Any, pointers: dict[str, str | None], values: tuple[Any, ...], variant: RowVariant) -> Any:
-    return compiled(kernel, pointers, dict(zip(kernel.arg_names[-len(values) :], values, strict=True)), variant.warps)
+def forms(kind: str, plan: RowPlan) -> Iterator[Form]:
+    """(name, plan's kind, kernel, pointers, constants after the plan's): each kernel in the form with most to do."""
+    row = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "residual_out_ptr"), kind)
+    yield "norm", "norm", norm._rms_norm_kernel, row, (False, True, True)
+    group = min(128, plan.hidden_size)
+    for name, mode, out in (
+        ("static", "static", "fp8e4nv"),
+        ("token", "token", "fp8e4nv"),
+        ("token int8", "token", "i8"),
+        ("block", "block", "fp8e4nv"),
+    ):
+        static = mode == "static"
+        scales = {"out_ptr": out, "scale_ptr": "fp32" if static else None, "scales_ptr": None if static else "fp32"}
+        tail = (False, True, quant.MODES[mode], out == "i8", group if mode == "block" else None, True)
+        yield name, "static" if static else "dynamic", quant._rms_norm_quant_kernel, row | scales, tail
+    parameters = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), kind) | {"mean_ptr": "fp32"}
+    yield "layer_norm", "layer_norm", layer_norm._layer_norm_kernel, parameters | {"rstd_ptr": "fp32"}, (True, True)
+    gate = dict.fromkeys(("x_ptr", "gate_ptr", "weight_ptr", "out_ptr"), kind)
+    for first in (True, False):
+        name = "norm, then gate" if first else "gate, then norm"
+        yield name, "gated", gated._rms_norm_gated_kernel, gate, (first, 1, True, True)
 
 
 def main(widths: list[int]) -> None:
@@ -116,21 +123,16 @@ def main(widths: list[int]) -> None:
     found = {}
     for width in widths:
         for dtype in (torch.bfloat16, torch.float32) if width == 4096 else (torch.bfloat16,):
-            for name, kind, arguments in (
-                ("norm", "norm", None),
-                ("static", "static", ("static", False)),
-                ("token", "dynamic", ("token", False)),
-                ("token int8", "dynamic", ("token", True)),
-                ("block", "dynamic", ("block", False)),
-            ):
+            for name, kind, kernel, pointers, tail in forms(TYPES[dtype], row_plan(width, dtype)):
                 plan = row_plan(width, dtype, kind)
                 for _, variant in plan.variants:
-                    if arguments is None:
-                        binary = norm_binary(plan, variant, dtype)
-                    else:
-                        binary = quant_binary(plan, variant, dtype, *arguments)
-                    key = f"{name}, {width}, {TYPES[dtype]}, {variant}"
-                    found[key] = {"warps": variant.warps, "vec": plan.vec, "rows": plan.rows, "sums": sums(binary)}
+                    constants = plan.constants(variant)
+                    chunk = constants[2]  # what quantises no blocks has one as wide as a chunk
+                    values = (*constants, *(chunk if value is None else value for value in tail))
+                    named = dict(zip(kernel.arg_names[-len(values) :], values, strict=True))
+                    binary = compiled(kernel, pointers, named, variant.warps)
+                    entry = {"warps": variant.warps, "vec": plan.vec, "rows": plan.rows, "sums": sums(binary)}
+                    found[f"{name}, {width}, {TYPES[dtype]}, {variant}"] = entry
     print(json.dumps(found))
 
 

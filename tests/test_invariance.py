@@ -7,7 +7,7 @@ import torch
 
 from batchproof.numerics import TOLERANCES, ulp_distance
 from batchproof.registry import all_specs, get_spec
-from invariance import GPU_SIZES, SIZES, cancelling, size_violations, violations, wide_exponents
+from invariance import GPU_SIZES, SIZES, cancelling, scale_of, size_violations, violations, wide_exponents
 
 SPECS = [pytest.param(spec, dtype, id=f"{name}-{dtype}") for name, spec in all_specs().items() for dtype in spec.dtypes]
 HAS_GPU = torch.cuda.is_available()
@@ -24,24 +24,6 @@ def test_bits_depend_on_the_request_alone(spec, dtype, device):
 def test_bits_of_adversarial_requests_depend_on_the_request_alone(spec, dtype, change, device):
     sizes = GPU_SIZES if HAS_GPU else (1, 2, 16, 33, 129)
     assert violations(spec, dtype, device, sizes, change) == []
-
-
-def scale_of(spec, inputs, wanted):
-    """What an op's absolute tolerance is in units of, broadcast over its output ``wanted``."""
-    if spec.tolerance == "rms_norm_quant":
-        return wanted.double().abs() * torch.finfo(inputs["x"].dtype).eps
-    if spec.name == "rms_norm_backward":  # the largest term of a row's sum, or of a column's
-        grad, x = inputs["grad_out"].double().abs(), inputs["x"].double().abs()
-        terms = grad.amax(-1, keepdim=True) if wanted.dim() > 1 else (grad * x).amax(0)
-        return terms * torch.finfo(inputs["x"].dtype).eps
-    if spec.name == "linear":
-        return inputs["x"].double().abs() @ inputs["weight"].double().abs().t()
-    x = next(inputs[name] for name in spec.batch_axes).double().abs()
-    if spec.name == "paged_attention":
-        return inputs["v_cache"].double().abs().amax()
-    if spec.name == "rope":
-        return x.amax((1, 2), keepdim=True)
-    return {"log_softmax": x.amax(-1, keepdim=True), "mean": x.mean(-1)}.get(spec.name, torch.ones((), device=x.device))
 
 
 @pytest.mark.parametrize(("spec", "dtype"), SPECS)

@@ -15,7 +15,7 @@ import batchproof
 from batchproof import mode
 from batchproof.errors import BatchproofError, ModeError, UnsupportedError
 from batchproof.numerics import bits_equal, first_mismatch
-from batchproof.ops import linear, reduce, softmax
+from batchproof.ops import layer_norm, linear, reduce, softmax
 from batchproof.ops._library import FLOAT_DTYPES
 
 
@@ -164,6 +164,7 @@ def test_stock_kernels_come_back(generator):
         "baddbmm",
         "_softmax",
         "_log_softmax",
+        "native_layer_norm",
         "mean.dim",
         "mean",
     ]
@@ -172,7 +173,8 @@ def test_stock_kernels_come_back(generator):
         return [torch._C._dispatch_dump_table(f"aten::{name}") for name in names]
 
     def results():
-        return x @ x.t(), x.softmax(-1), x.log_softmax(-1), x.mean(-1), x.mv(x[0]), torch.addmm(x[:, :33], x, x.t())
+        products = x @ x.t(), x.mv(x[0]), torch.addmm(x[:, :33], x, x.t())
+        return *products, x.softmax(-1), x.log_softmax(-1), x.mean(-1), F.layer_norm(x, (300,))
 
     tables_before, before = tables(), results()
     for _ in range(3):
@@ -309,6 +311,19 @@ ROUTED = {
         lambda x, w: softmax.softmax(x if x.is_cuda and x.dtype == torch.float16 else x.float(), -1, torch.float32),
     ),
     "log_softmax": (lambda x, w: x.log_softmax(-1), lambda x, w: softmax.log_softmax(x)),
+    "layer_norm": (
+        lambda x, w: F.layer_norm(x, (300,), w[0], w[1], 1e-3),
+        lambda x, w: layer_norm.layer_norm(x, w[0], w[1], 1e-3),
+    ),
+    "layer_norm, plain": (lambda x, w: F.layer_norm(x.t(), (33,)), lambda x, w: layer_norm.layer_norm(x.t())),
+    "layer_norm, two axes": (
+        lambda x, w: F.layer_norm(x.view(3, 11, 300), (11, 300), bias=w.view(-1)[:3300].view(11, 300)),
+        lambda x, w: layer_norm.layer_norm(x.view(3, 3300), bias=w.view(-1)[:3300]).view(3, 11, 300),
+    ),
+    "native_layer_norm": (
+        lambda x, w: torch.native_layer_norm(x, (300,), w[0], None, 1e-5)[0],
+        lambda x, w: layer_norm.layer_norm(x, w[0]),
+    ),
     "mean": (lambda x, w: x.mean(), lambda x, w: reduce.mean(x)),
     "mean, dims": (lambda x, w: x.mean((0, 1), keepdim=True), lambda x, w: reduce.mean(x, (0, 1), True)),
     "mean, cast": (lambda x, w: x.mean(-1, dtype=torch.float32), lambda x, w: reduce.mean(x, -1, dtype=torch.float32)),
@@ -368,7 +383,9 @@ def test_scaled_dot_product_attention(causal, dtype, generator):
 def test_modules_of_torch(training, device):
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(64, 4, batch_first=True, device=device).train(training)
-    network = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64), nn.Softmax(-1)).to(device)
+    network = nn.Sequential(nn.Linear(64, 96), nn.LayerNorm(96), nn.GELU(), nn.Linear(96, 64), nn.Softmax(-1)).to(
+        device
+    )
     x = torch.randn(9, 13, 64, device=device)
     assert alone_and_together(network, x)
     assert alone_and_together(lambda t: attention(t, t, t, need_weights=False)[0], x)
@@ -397,6 +414,29 @@ def test_gradients_are_those_of_the_products(tensors):
     torch.testing.assert_close(w.grad, stock_w.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm_is_recorded_with_the_statistics_its_backward_needs(affine, dtype, generator):
+    shape, device = (3, 5, 64), generator.device
+    x, grad = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2))
+    layer = nn.LayerNorm(64, elementwise_affine=affine, device=device, dtype=dtype)
+
+    def gradients():
+        inputs = (x.clone().requires_grad_(), *layer.parameters())
+        return torch.autograd.grad(layer(inputs[0]), inputs, grad)
+
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    stock, statistics = gradients(), torch.native_layer_norm(x, (64,), None, None, 1e-5)[1:]
+    with batchproof.batch_invariant():
+        for mine, theirs in zip(gradients(), stock, strict=True):
+            torch.testing.assert_close(mine, theirs, **tolerance)
+        for mine, theirs in zip(torch.native_layer_norm(x, (64,), None, None, 1e-5)[1:], statistics, strict=True):
+            torch.testing.assert_close(mine, theirs)  # shapes and dtypes too
+        expected = layer(x).detach()
+        with torch.inference_mode():
+            assert first_mismatch(layer(x), expected) is None
+
+
 # What it lets through, and what it refuses.
 
 
@@ -419,6 +459,8 @@ def test_other_dtypes_are_refused(dtype, device):
         if dtype == torch.float64:
             with pytest.raises(UnsupportedError, match="has no batch-invariant form"):
                 x.softmax(-1)
+            with pytest.raises(UnsupportedError, match="has no batch-invariant form"):
+                F.layer_norm(x, (3,))
     torch.testing.assert_close(x @ x, 3 * x)
 
 
@@ -429,8 +471,23 @@ def test_other_dtypes_are_refused(dtype, device):
         lambda x: x.mean(dtype=torch.float64),
         lambda x: torch.mm(x, x, out=x.new_empty(0, dtype=torch.float64)),
         lambda x: torch.mm(x, x[:2]),
+        lambda x: F.layer_norm(x, (2,)),
+        lambda x: F.layer_norm(x, (3,), x[0, :2]),
+        lambda x: F.layer_norm(x, (3,), None, x),
+        lambda x: F.layer_norm(x, ()),
+        lambda x: F.layer_norm(x, (3,), x[0].half()),
     ],
-    ids=["mixed dtypes", "float64 mean", "out of another dtype", "shapes"],
+    ids=[
+        "mixed dtypes",
+        "float64 mean",
+        "out of another dtype",
+        "shapes",
+        "another axis",
+        "a short weight",
+        "a bias of two axes",
+        "no axis",
+        "a weight of another dtype",
+    ],
 )
 def test_what_stock_torch_refuses_or_we_cannot_do_is_an_error(call, device):
     with batchproof.batch_invariant(), pytest.raises((BatchproofError, RuntimeError)):

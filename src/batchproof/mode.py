@@ -1,4 +1,4 @@
-"""The switch: while it is on, aten's matrix products, softmaxes and means are batchproof's, in any PyTorch code.
+"""The switch: while it is on, aten's matrix products, softmaxes, layer norms and means are batchproof's, in any code.
 
 ``enable()`` and ``disable()`` set it for the process; ``with batch_invariant():`` holds it on for a block and may be
 nested and entered from several threads. It is a switch of the process, as torch's dispatcher is: while one thread is
@@ -161,7 +161,7 @@ def _override(
     overload: Any,
     function: Callable[..., Any],
     key: str,
-    deliver: Callable[[torch.Tensor, tuple[Any, ...], Any], torch.Tensor],
+    deliver: Callable[[Any, tuple[Any, ...], Any], Any],
 ) -> None:
     """Send one overload to ``function`` and what it returns to ``deliver``, which makes the overload's result of it."""
     original = _kernel(overload, key)

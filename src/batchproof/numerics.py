@@ -39,6 +39,15 @@ TOLERANCES: dict[str, Tolerance] = {
     "rms_norm_backward": Tolerance(
         ulp=1, atol=1.0, reason="fp32 may round a normalised value to its neighbour: in units of dtype eps |term|"
     ),
+    "layer_norm": Tolerance(
+        ulp=1,
+        atol=2.0**-20,
+        reason="fp32 statistics, one rounding, but x - mean and the bias cancel: absolute in units of the largest |x|, "
+        "normalised and scaled, plus |bias|",
+    ),
+    "rms_norm_gated": Tolerance(
+        ulp=4, reason="1 ulp of the normalised value, which each of two rounded products may make two of"
+    ),
     "linear": Tolerance(
         ulp=1, atol=2.0**-20, reason="operand rounding on the CPU, fp32 sums on GPUs: atol in units of K max|x| max|w|"
     ),

@@ -45,8 +45,9 @@ late = functools.partial(RowVariant, late=True)
 stream = functools.partial(RowVariant, ahead=False)
 early = RowVariant
 
-# For each kind of kernel: (widest row in vectors of 16 bytes, ((most rows, variant), ...)), measured on an H200; bf16
-# hidden sizes beside it. "static" is the norm with static quantisation, "dynamic" with scales made of the row.
+# For each kind of kernel: (widest row in vectors of 16 bytes, ((most rows, variant), ...)), bf16 sizes beside it.
+# "static" is the norm with static quantisation, "dynamic" with scales made of the row. These three were measured on an
+# H200; "layer_norm" and "gated", which hold a bias or a gate as well, follow from the registers of a thread.
 Variants = tuple[tuple[int, tuple[tuple[int, RowVariant], ...]], ...]
 PACKED = (32, ((ANY, early(8)),))  # up to 256: several rows a program
 WIDE = (MAX_ROWS, ((ANY, RowVariant(16, False, hold=False)),))
@@ -80,7 +81,6 @@ VARIANTS: dict[str, Variants] = {
         (2048, ((ANY, late(16)),)),
         WIDE,
     ),
-    # A row with weight and bias, and one with its gate, are more for a thread to hold: 5 vectors at most, and 3
     "layer_norm": (
         PACKED,
         (64, ((ANY, early(2)),)),

@@ -29,6 +29,7 @@ __all__ = [
     "row_mean",
     "row_rstd",
     "rsqrt_exact",
+    "vector_sums",
     "wait_for_inputs",
 ]
 
@@ -60,7 +61,7 @@ def outer_and_inner(row, num_inner, FLAT: tl.constexpr):
 
 
 @triton.jit
-def _vector_sums(values, CHUNK: tl.constexpr, VEC: tl.constexpr):
+def vector_sums(values, CHUNK: tl.constexpr, VEC: tl.constexpr):
     """Step 1: [ROWS, ...] of CHUNK elements a row to [ROWS, CHUNK / VEC]."""
     return tl.sum(tl.reshape(values, [values.shape[0], CHUNK // VEC, VEC]), axis=2)
 
@@ -167,7 +168,7 @@ def load_rows(
             if HOLD:
                 values = values + (value,)
             wide = value.to(ACC)
-            parts = parts + (_vector_sums(wide * wide, CHUNK, VEC),)
+            parts = parts + (vector_sums(wide * wide, CHUNK, VEC),)
     if LATE:
         launch_dependents(PDL)
     return values, weights, parts
