@@ -15,7 +15,7 @@ import tables
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BENCHMARKS = HERE.parent / "docs" / "benchmarks.md"
-NORMS: tuple[str, ...] = ("rms_norm", "rms_norm_quant", "rms_norm_backward")
+NORMS: tuple[str, ...] = ("rms_norm", "rms_norm_quant", "rms_norm_gated", "rms_norm_backward")
 
 
 def load(path: str) -> dict[str, Any]:
@@ -69,6 +69,8 @@ def tests_line(path: str) -> str:
     """One line about a committed run of the tests."""
     result = load(path)
     counts = ", ".join(f"{result[key]} {key}" for key in ("passed", "failed", "skipped"))
+    if result.get("not_reached"):
+        counts += f", {result['not_reached']} not reached in the time there was"
     return (
         f"{result['device']}, torch {result['torch']}, triton {result['triton']}: {counts} "
         f"(`benchmarks/results/{path}`)."

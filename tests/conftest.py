@@ -39,7 +39,7 @@ def pytest_addoption(parser):
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
     path = config.getoption("--result-file")
-    if path is None:
+    if path is None or hasattr(config, "workerinput"):  # a worker of pytest-xdist knows its own share only
         return
     sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
     from run import describe

@@ -59,7 +59,7 @@ VARIANTS: dict[str, Variants] = {
         (256, ((1536, late(4)), (6144, early(2)), (ANY, early(8)))),  # 2048
         (512, ((3072, late(4)), (ANY, stream(8)))),  # 4096
         (640, ((6144, late(4)), (ANY, early(16)))),  # 5120
-        (1024, ((384, late(8)), (1536, early(4)), (6144, early(16)), (ANY, stream(8)))),
+        (1024, ((384, late(8)), (1536, late(4)), (6144, early(16)), (ANY, stream(8)))),
         (2048, ((384, late(16)), (6144, late(8)), (ANY, stream(16)))),
         WIDE,
     ),
