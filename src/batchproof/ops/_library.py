@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, DeviceError, DtypeError, LayoutError, UnsupportedError
+from ..errors import ArgumentError, DeviceError, DtypeError, LayoutError, ShapeError, UnsupportedError
 
 __all__ = [
     "FLOAT_DTYPES",
     "check_dtype",
+    "check_like",
     "check_no_overlap",
+    "check_parameter",
     "check_positive",
+    "check_rows",
     "check_same",
     "check_writable",
     "register_op",
@@ -62,6 +65,29 @@ def check_same(op: str, name: str, tensor: torch.Tensor, like_name: str, like: t
         raise DtypeError(f"{op}: {name} is {tensor.dtype}, want {like.dtype} as {like_name} is")
     if tensor.device != like.device:
         raise DeviceError(f"{op}: {name} is on {tensor.device}, want {like.device} where {like_name} is")
+
+
+def check_rows(op: str, x: torch.Tensor) -> None:
+    """DtypeError or ShapeError unless ``x`` is rows [..., hidden_size] of at least one element."""
+    check_dtype(op, "x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ShapeError(f"{op}: x has shape {tuple(x.shape)}, want [..., hidden_size] with hidden_size at least 1")
+
+
+def check_like(op: str, name: str, tensor: torch.Tensor | None, x: torch.Tensor) -> None:
+    """DtypeError, DeviceError or ShapeError unless ``tensor`` is None or has x's dtype, device and shape."""
+    if tensor is not None:
+        check_same(op, name, tensor, "x", x)
+        if tensor.shape != x.shape:
+            raise ShapeError(f"{op}: {name} has shape {tuple(tensor.shape)}, want {tuple(x.shape)} as x has")
+
+
+def check_parameter(op: str, name: str, parameter: torch.Tensor | None, x: torch.Tensor) -> None:
+    """DtypeError, DeviceError or ShapeError unless ``parameter`` is None or [hidden_size], of x's dtype and device."""
+    if parameter is not None:
+        check_same(op, name, parameter, "x", x)
+        if parameter.shape != x.shape[-1:]:
+            raise ShapeError(f"{op}: {name} has shape {tuple(parameter.shape)}, want ({x.shape[-1]},), x's last axis")
 
 
 def check_positive(op: str, name: str, value: float) -> None:

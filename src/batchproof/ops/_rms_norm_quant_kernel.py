@@ -6,7 +6,7 @@ import torch
 
 from ._quantize import BLOCK_MIN_AMAX, FP8_MAX, FP8_MIN_SCALE, INT8_MAX
 from ._row_launch import CachedKernel, RowVariant, address_rows, row_plan
-from ._row_tree import along_rows, load_rows, normalised, outer_and_inner, row_rstd, wait_for_inputs
+from ._row_tree import along_rows, load_rows, normalised, row_rstd, rows_of_program, wait_for_inputs
 from ._rows import readable
 from ._triton import INTERPRETED, tl, triton
 
@@ -100,16 +100,11 @@ def _rms_norm_quant_kernel(
     """ROWS rows of HIDDEN elements, as ``_rms_norm_kernel`` takes them, GROUP columns a scale; packed out, scales."""
     BLOCKS: tl.constexpr = CHUNK // GROUP
     DIMS: tl.constexpr = 3 if MODE == BLOCK and ROWS == 1 else 2
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    row, row_mask, outer, inner = rows_of_program(num_rows, num_inner, ROWS, FLAT)
     columns = tl.arange(0, CHUNK)[None, :]
     if DIMS == 3:  # [1, BLOCKS, GROUP]: blocks are an axis from the start, for rows laid out anew would be summed anew
-        row = row[:, :, None]
+        row, outer, inner = row[:, :, None], outer[:, :, None], inner[:, :, None]
         columns = tl.arange(0, BLOCKS)[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
-    if ROWS == 1:
-        row_mask = True
-    else:
-        row_mask = row < num_rows
-    outer, inner = outer_and_inner(row, num_inner, FLAT)
     x_ptr += (outer * x_outer + inner * x_inner) * ALIGN
     out_ptr += row.to(tl.int64) * HIDDEN
     source_ptr = x_ptr

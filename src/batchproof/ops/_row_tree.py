@@ -25,9 +25,9 @@ __all__ = [
     "load_chunks",
     "load_rows",
     "normalised",
-    "outer_and_inner",
     "row_mean",
     "row_rstd",
+    "rows_of_program",
     "rsqrt_exact",
     "vector_sums",
     "wait_for_inputs",
@@ -49,15 +49,24 @@ def launch_dependents(PDL: tl.constexpr):
 
 
 @triton.jit
-def outer_and_inner(row, num_inner, FLAT: tl.constexpr):
-    """Where a row is on the two axes of rows. Dividing takes longer than all the rest before the first load."""
+def rows_of_program(num_rows, num_inner, ROWS: tl.constexpr, FLAT: tl.constexpr):
+    """This program's rows [ROWS, 1], which of them there are, and where they are on the two axes of rows.
+
+    A program of one row has it. Dividing takes longer than all the rest before the first load, so FLAT rows, those of
+    one axis, do without.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    if ROWS == 1:
+        row_mask = True
+    else:
+        row_mask = row < num_rows
     if FLAT:
         outer = row.to(tl.int64)
         inner = row * 0
     else:
         outer = (row // num_inner).to(tl.int64)
         inner = row % num_inner
-    return outer, inner
+    return row, row_mask, outer, inner
 
 
 @triton.jit

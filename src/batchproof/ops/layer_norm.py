@@ -23,16 +23,16 @@ import torch
 from ..errors import ShapeError
 from ..registry import OpSpec, register_spec
 from . import _exact
-from ._library import check_dtype, check_positive, check_same, register_op, require_no_grad
+from ._library import check_parameter, check_positive, check_rows, register_op, require_no_grad
 from ._row_launch import CachedKernel, RowVariant, address_rows, row_plan
 from ._row_tree import (
     along_rows,
     chunk_of,
     launch_dependents,
     load_chunks,
-    outer_and_inner,
     row_mean,
     row_rstd,
+    rows_of_program,
     vector_sums,
     wait_for_inputs,
 )
@@ -65,12 +65,7 @@ def _layer_norm_kernel(
     AHEAD: tl.constexpr, HOLD: tl.constexpr, LATE: tl.constexpr, FLAT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of HIDDEN elements, x's in strides of ALIGN elements as ``_rms_norm_kernel`` has it; packed outputs."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    if ROWS == 1:
-        row_mask = True
-    else:
-        row_mask = row < num_rows
-    outer, inner = outer_and_inner(row, num_inner, FLAT)
+    row, row_mask, outer, inner = rows_of_program(num_rows, num_inner, ROWS, FLAT)
     # Read for every row, weight and bias have the layout that rows have; read once, they would impose their own on them
     columns = tl.broadcast_to(tl.arange(0, CHUNK)[None, :], [ROWS, CHUNK])
     x_ptr += (outer * x_outer + inner * x_inner) * ALIGN
@@ -151,16 +146,9 @@ def launch(
 
 def _validate(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> None:
     op = "layer_norm"
-    check_dtype(op, "x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ShapeError(f"{op}: x has shape {tuple(x.shape)}, want [..., hidden_size] with hidden_size at least 1")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            check_same(op, name, parameter, "x", x)
-            if parameter.shape != x.shape[-1:]:
-                raise ShapeError(
-                    f"{op}: {name} has shape {tuple(parameter.shape)}, want ({x.shape[-1]},), x's last axis"
-                )
+    check_rows(op, x)
+    check_parameter(op, "weight", weight, x)
+    check_parameter(op, "bias", bias, x)
     check_positive(op, "eps", eps)
 
 

@@ -26,13 +26,20 @@ from typing import Any
 
 import torch
 
-from ..errors import ShapeError
 from ..registry import OpSpec, register_spec
 from . import _exact
 from ._autograd import is_recorded, refuse_leaves
-from ._library import check_dtype, check_no_overlap, check_positive, check_same, check_writable, register_op
+from ._library import (
+    check_like,
+    check_no_overlap,
+    check_parameter,
+    check_positive,
+    check_rows,
+    check_writable,
+    register_op,
+)
 from ._row_launch import CachedKernel, RowVariant, address_rows, row_plan
-from ._row_tree import along_rows, load_rows, normalised, outer_and_inner, row_rstd, wait_for_inputs
+from ._row_tree import along_rows, load_rows, normalised, row_rstd, rows_of_program, wait_for_inputs
 from ._rows import readable
 from ._triton import tl, triton
 from .rms_norm_backward import with_gradient
@@ -76,12 +83,7 @@ def _rms_norm_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of HIDDEN elements. Rows are addressed by two strides, in units of ALIGN elements; by one if FLAT."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    if ROWS == 1:
-        row_mask = True
-    else:
-        row_mask = row < num_rows
-    outer, inner = outer_and_inner(row, num_inner, FLAT)
+    _, row_mask, outer, inner = rows_of_program(num_rows, num_inner, ROWS, FLAT)
     columns = tl.arange(0, CHUNK)[None, :]
     x_ptr += (outer * x_outer + inner * x_inner) * ALIGN
     out_ptr += (outer * out_outer + inner * out_inner) * ALIGN
@@ -145,17 +147,9 @@ def launch(
 
 
 def _validate(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float) -> None:
-    check_dtype(op, "x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ShapeError(f"{op}: x has shape {tuple(x.shape)}, want [..., hidden_size] with hidden_size at least 1")
-    if weight is not None:
-        check_same(op, "weight", weight, "x", x)
-        if weight.shape != x.shape[-1:]:
-            raise ShapeError(f"{op}: weight has shape {tuple(weight.shape)}, want ({x.shape[-1]},), x's last axis")
-    if residual is not None:
-        check_same(op, "residual", residual, "x", x)
-        if residual.shape != x.shape:
-            raise ShapeError(f"{op}: residual has shape {tuple(residual.shape)}, want {tuple(x.shape)} as x has")
+    check_rows(op, x)
+    check_parameter(op, "weight", weight, x)
+    check_like(op, "residual", residual, x)
     check_positive(op, "eps", eps)
 
 

@@ -30,11 +30,11 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, ShapeError, UnsupportedError
+from ..errors import ArgumentError, UnsupportedError
 from ..registry import OpSpec, register_spec
 from . import _exact
 from ._autograd import differentiable
-from ._library import check_dtype, check_positive, check_same, register_op, require_no_grad
+from ._library import check_like, check_parameter, check_positive, check_rows, register_op, require_no_grad
 from ._rms_norm_backward_kernel import launch
 
 __all__ = ["rms_norm_backward", "rms_norm_backward_reference", "with_gradient"]
@@ -71,19 +71,11 @@ def _validate(
     weight_grad: bool,
 ) -> None:
     op = "rms_norm_backward"
-    check_dtype(op, "x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ShapeError(f"{op}: x has shape {tuple(x.shape)}, want [..., hidden_size] with hidden_size at least 1")
-    for name, grad in (("grad_out", grad_out), ("grad_residual_out", grad_residual_out)):
-        if grad is not None:
-            check_same(op, name, grad, "x", x)
-            if grad.shape != x.shape:
-                raise ShapeError(f"{op}: {name} has shape {tuple(grad.shape)}, want {tuple(x.shape)} as x has")
-    if weight is not None:
-        check_same(op, "weight", weight, "x", x)
-        if weight.shape != x.shape[-1:]:
-            raise ShapeError(f"{op}: weight has shape {tuple(weight.shape)}, want ({x.shape[-1]},), x's last axis")
-    elif weight_grad:
+    check_rows(op, x)
+    check_like(op, "grad_out", grad_out, x)
+    check_like(op, "grad_residual_out", grad_residual_out, x)
+    check_parameter(op, "weight", weight, x)
+    if weight is None and weight_grad:
         raise ArgumentError(f"{op}: weight_grad is True, but there is no weight")
     check_positive(op, "eps", eps)
 

@@ -28,15 +28,15 @@ import torch
 from ..errors import ArgumentError, ShapeError
 from ..registry import OpSpec, register_spec
 from . import _exact
-from ._library import check_dtype, check_positive, check_same, register_op, require_no_grad
+from ._library import check_like, check_parameter, check_positive, check_rows, register_op, require_no_grad
 from ._row_launch import CachedKernel, RowVariant, address_rows, row_plan
 from ._row_tree import (
     along_rows,
     chunk_of,
     launch_dependents,
     load_chunks,
-    outer_and_inner,
     row_rstd,
+    rows_of_program,
     vector_sums,
     wait_for_inputs,
 )
@@ -77,12 +77,7 @@ def _rms_norm_gated_kernel(
     NORM_FIRST: tl.constexpr, GROUPS: tl.constexpr, FLAT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS groups of HIDDEN columns, GROUPS of them a row of x; addressed as ``_rms_norm_kernel`` does; packed out."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    if ROWS == 1:
-        row_mask = True
-    else:
-        row_mask = row < num_rows
-    outer, inner = outer_and_inner(row, num_inner, FLAT)
+    row, row_mask, outer, inner = rows_of_program(num_rows, num_inner, ROWS, FLAT)
     # Read for every row, the weight has the layout that rows have; read once, it would impose its own on them
     columns = tl.broadcast_to(tl.arange(0, CHUNK)[None, :], [ROWS, CHUNK])
     x_ptr += (outer * x_outer + inner * x_inner) * ALIGN
@@ -171,16 +166,9 @@ def _validate(
     x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None, eps: float, group_size: int | None
 ) -> None:
     op = "rms_norm_gated"
-    check_dtype(op, "x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ShapeError(f"{op}: x has shape {tuple(x.shape)}, want [..., hidden_size] with hidden_size at least 1")
-    check_same(op, "gate", gate, "x", x)
-    if gate.shape != x.shape:
-        raise ShapeError(f"{op}: gate has shape {tuple(gate.shape)}, want {tuple(x.shape)} as x has")
-    if weight is not None:
-        check_same(op, "weight", weight, "x", x)
-        if weight.shape != x.shape[-1:]:
-            raise ShapeError(f"{op}: weight has shape {tuple(weight.shape)}, want ({x.shape[-1]},), x's last axis")
+    check_rows(op, x)
+    check_like(op, "gate", gate, x)
+    check_parameter(op, "weight", weight, x)
     if group_size is not None and group_size < 1:
         raise ArgumentError(f"{op}: group_size is {group_size}, want None or at least 1")
     if group_size is not None and x.shape[-1] % group_size:
