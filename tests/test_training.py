@@ -283,3 +283,15 @@ def test_a_model_that_cannot_train_says_so(device):
         layer(torch.randn(2, 16, device=device))
     layer[0](torch.randn(2, 16, device=device)).sum().backward()
     assert layer[0].weight.grad.any()
+
+
+def test_a_backward_pass_notices_what_the_in_place_norm_overwrote(generator):
+    """On a GPU the kernel writes past autograd's back: versions have to be counted by hand."""
+    weight = torch.ones(8, device=generator.device, requires_grad=True)
+    x, residual = (torch.randn(2, 8, generator=generator, device=generator.device) for _ in range(2))
+    product = weight * x  # keeps x for its backward pass
+    fused_add_rms_norm(x, residual, None)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    with torch.inference_mode():
+        fused_add_rms_norm(x.clone(), residual.clone(), None)  # tensors that have no version to count

@@ -307,6 +307,10 @@ def fused_add_rms_norm(
     if is_recorded(x, residual, weight):
         return _recorded_in_place(x, residual, weight, eps, gemma)
     _fused_add_rms_norm(x, residual, weight, eps, gemma)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        for written in (x, residual):  # so that a backward pass which has kept one of them notices
+            if not written.is_inference():
+                torch.autograd.graph.increment_version(written)
     return x, residual
 
 
