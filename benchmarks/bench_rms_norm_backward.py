@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import batchproof
 import norms
 from batchproof.registry import OpSpec
 from cases import Case
@@ -86,12 +85,4 @@ def _gradients(forward: Forward, **inputs: Any) -> tuple[torch.Tensor, ...]:
     return of_x, of_weight
 
 
-def _norm(b: Any) -> Any:
-    return batchproof.rms_norm(b.x, b.weight, b.eps)
-
-
-def _add_norm(b: Any) -> Any:
-    return batchproof.add_rms_norm(b.x, b.residual, b.weight, b.eps)
-
-
-FORWARDS: dict[str, Forward] = {"rms_norm_backward": _norm, "add_rms_norm_backward": _add_norm}
+FORWARDS: dict[str, Forward] = {"rms_norm_backward": norms.rms_norm, "add_rms_norm_backward": norms.add_rms_norm}

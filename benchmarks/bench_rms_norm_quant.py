@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import batchproof
 import norms
 from cases import Case
 from plain import BLOCK
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Race every op at every shape; the result file's contents."""
     specs, missing = norms.find(options.ops)
-    unquantised = {op: _add_norm if op.startswith("add_") else _norm for op in OPS}
+    unquantised = {op: norms.add_rms_norm if op.startswith("add_") else norms.rms_norm for op in OPS}
     race = norms.Race(
         cases(options), specs, missing,
         extra={f"{norms.OURS}, unquantised": unquantised}, compiled_tokens=COMPILED_TOKENS,
@@ -65,11 +64,3 @@ def _case(op: str, shape: tuple[int, int], dtype: torch.dtype) -> Case:
         arguments=arguments,
         out=dtype, scales=scales, label=("int8" if dtype == torch.int8 else "fp8") if per_token else "",
     )  # fmt: skip
-
-
-def _norm(b: Any) -> Any:
-    return batchproof.rms_norm(b.x, b.weight, b.eps)
-
-
-def _add_norm(b: Any) -> Any:
-    return batchproof.add_rms_norm(b.x, b.residual, b.weight, b.eps)

@@ -24,6 +24,12 @@ Outputs = tuple[torch.Tensor, ...]
 Change = Callable[[Inputs, OpSpec, torch.Generator], Inputs]
 
 
+def assert_same(out: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], label: str = "") -> None:
+    """Every output has the bits of the wanted one."""
+    for i, (a, b) in enumerate(zip(out, wanted, strict=True)):
+        assert first_mismatch(a, b) is None, f"{label} output {i}: {first_mismatch(a, b)}"
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Every ``torch.empty`` in the block is full of NaN, so that what an op leaves unwritten shows."""

@@ -8,6 +8,7 @@ from batchproof.ops import linear as linear_module
 from batchproof.ops.linear import linear
 from batchproof.ops.rms_norm import add_rms_norm, fused_add_rms_norm, rms_norm, rms_norm_reference
 from batchproof.registry import all_specs, get_spec
+from invariance import assert_same
 
 pytestmark = pytest.mark.gpu
 SPECS = [pytest.param(spec, dtype, id=f"{name}-{dtype}") for name, spec in all_specs().items() for dtype in spec.dtypes]
@@ -16,11 +17,6 @@ HALVES = [torch.float16, torch.bfloat16]
 
 def sample(spec, dtype, device, rows):
     return spec.sample_inputs(rows, dtype, device, torch.Generator(device).manual_seed(3))
-
-
-def assert_same(out, wanted, label=""):
-    for i, (a, b) in enumerate(zip(out, wanted, strict=True)):
-        assert first_mismatch(a, b) is None, f"{label} output {i}: {first_mismatch(a, b)}"
 
 
 @pytest.mark.parametrize("rows", [1, 33, 257])

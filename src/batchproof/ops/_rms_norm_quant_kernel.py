@@ -85,7 +85,7 @@ def _block_scale(y, axis: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["num_rows", "num_inner", "eps"]
-    + [f"{tensor}_{axis}" for tensor in ("x", "residual", "out", "residual_out") for axis in ("outer", "inner")]
+    + [f"{tensor}_{axis}" for tensor in ("x", "residual", "residual_out") for axis in ("outer", "inner")]
 )
 def _rms_norm_quant_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, residual_out_ptr, scale_ptr, scales_ptr,
@@ -127,9 +127,7 @@ def _rms_norm_quant_kernel(
     if MODE == TOKEN:
         largest = tl.zeros([ROWS, CHUNK // VEC], tl.float32)
         for i in tl.static_range(CHUNKS):
-            y = normalised(
-                values, weights, source_ptr, weight_ptr, columns, row_mask, rstd, i, HIDDEN, CHUNK, AHEAD, HOLD, GEMMA
-            )
+            y = normalised(values, weights, source_ptr, weight_ptr, columns, row_mask, rstd, i, HIDDEN, CHUNK, GEMMA)
             largest = tl.maximum(largest, tl.max(tl.reshape(_magnitude(y), [ROWS, CHUNK // VEC, VEC]), axis=2))
         amax = along_rows(tl.max(largest, axis=1))
         if INT8:
@@ -143,9 +141,9 @@ def _rms_norm_quant_kernel(
     elif MODE == STATIC:
         factor = tl.div_rn(1.0, static_scale)
     for i in tl.static_range(CHUNKS):
-        y = normalised(
-            values, weights, source_ptr, weight_ptr, columns, row_mask, rstd, i, HIDDEN, CHUNK, AHEAD, HOLD, GEMMA
-        ).to(tl.float32)
+        y = normalised(values, weights, source_ptr, weight_ptr, columns, row_mask, rstd, i, HIDDEN, CHUNK, GEMMA).to(
+            tl.float32
+        )
         if MODE == STATIC:
             out = _to_fp8(y * factor, _FP8_MAX)
         elif DIMS == 3:

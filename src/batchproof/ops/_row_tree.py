@@ -220,19 +220,11 @@ def scale_row(value, rstd, weight, GEMMA: tl.constexpr):
 @triton.jit
 def normalised(
     values, weights, source_ptr, weight_ptr, columns, row_mask, rstd,
-    i: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr,
-    AHEAD: tl.constexpr, HOLD: tl.constexpr, GEMMA: tl.constexpr,
+    i: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr, GEMMA: tl.constexpr,
 ):  # fmt: skip
     """Chunk i of the normalised rows, from what ``load_rows`` returned; what it did not hold is read again."""
-    at = i * CHUNK + columns
-    if HOLD:
-        value = values[i]
-    else:
-        value = tl.load(source_ptr + at, mask=(at < HIDDEN) & row_mask, other=0.0)
+    value = chunk_of(values, source_ptr, columns, row_mask, i, HIDDEN, CHUNK)
     weight = None
     if weight_ptr is not None:
-        if AHEAD > 0:
-            weight = weights[i]
-        else:
-            weight = tl.load(weight_ptr + at, mask=at < HIDDEN, other=0.0)
+        weight = chunk_of(weights, weight_ptr, columns, True, i, HIDDEN, CHUNK)
     return scale_row(value, rstd, weight, GEMMA)

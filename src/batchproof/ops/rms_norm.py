@@ -104,9 +104,7 @@ def _rms_norm_kernel(
         tl.debug_barrier()  # what is read back below may have been written by another thread
     for i in tl.static_range(CHUNKS):
         at = i * CHUNK + columns
-        y = normalised(
-            values, weights, source_ptr, weight_ptr, columns, row_mask, rstd, i, HIDDEN, CHUNK, AHEAD, HOLD, GEMMA
-        )
+        y = normalised(values, weights, source_ptr, weight_ptr, columns, row_mask, rstd, i, HIDDEN, CHUNK, GEMMA)
         tl.store(out_ptr + at, y, mask=(at < HIDDEN) & row_mask)
 
 
@@ -235,6 +233,9 @@ def _fused_add_rms_norm_cuda(
 ) -> None:
     _validate_in_place(x, residual, weight, eps)
     launch(x, residual, weight, x, residual, eps, gemma)
+    for written in (x, residual):  # as ``copy_`` does: a backward pass that has kept one of them has to notice
+        if not written.is_inference():
+            torch.autograd.graph.increment_version(written)
 
 
 def _fused_add_rms_norm_fake(
@@ -307,10 +308,6 @@ def fused_add_rms_norm(
     if is_recorded(x, residual, weight):
         return _recorded_in_place(x, residual, weight, eps, gemma)
     _fused_add_rms_norm(x, residual, weight, eps, gemma)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        for written in (x, residual):  # so that a backward pass which has kept one of them notices
-            if not written.is_inference():
-                torch.autograd.graph.increment_version(written)
     return x, residual
 
 
