@@ -1,8 +1,10 @@
-"""The command line: batchproof generate | verify | demo."""
+"""The command line: batchproof generate | verify | demo | doctor."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import random
 import sys
 from collections import Counter
@@ -52,6 +54,15 @@ transformers' or batchproof's; some text; its receipts, checked again; a plot.
 
 exit code: 0 batchproof's never changed; 1 they did; 2 it could not run.
 """
+_DOCTOR = """\
+What of batchproof is in force here: versions, environment variables, whether vLLM would load the plug-in, whether
+each hook finds what it needs in this vLLM, who serves each op of a step, and what is known to vary with the batch.
+
+  VLLM_BATCH_INVARIANT=1 batchproof doctor
+
+exit code: 0 all there, or vLLM is not installed, or VLLM_BATCH_INVARIANT is not 1; 1 it is 1, but a hook is missing
+or the plug-in would not be loaded; 2 it could not run.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,13 +88,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"batchproof {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, help_text: str, description: str, function: Any) -> argparse.ArgumentParser:
+    def command(
+        name: str, help_text: str, description: str, function: Any, runs_model: bool = True
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=help_text, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         sub.set_defaults(command=function)
-        sub.add_argument("--model", metavar="DIR_OR_HUB_ID", help="default: the built-in model")
-        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: the GPU if there is one")
+        if runs_model:
+            sub.add_argument("--model", metavar="DIR_OR_HUB_ID", help="default: the built-in model")
+            sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: the GPU if there is one")
         return sub
 
     def dtype(sub: argparse.ArgumentParser) -> None:
@@ -114,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="for the plot and answers; default: %(default)s",
     )
+
+    doctor = command("doctor", "what of batchproof is in force here", _DOCTOR, _doctor, runs_model=False)
+    doctor.add_argument("--json", action="store_true", help="the same as one JSON object")
     return parser
 
 
@@ -203,3 +220,12 @@ def _demo(options: argparse.Namespace) -> int:
 
     code: int = run(options.model, options.out, options.device)
     return code
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import collect, render
+
+    with contextlib.redirect_stdout(sys.stderr):  # where vLLM's log then goes, which would stand in the JSON
+        report = collect()
+    print(json.dumps(report, indent=2) if options.json else render(report))
+    return 0 if report["ok"] else 1

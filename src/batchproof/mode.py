@@ -28,6 +28,7 @@ __all__ = [
     "enable",
     "enable_if_requested",
     "is_enabled",
+    "read_flag",
     "requested_by_environment",
 ]
 
@@ -43,9 +44,14 @@ _installed: ExitStack | None = None
 
 def requested_by_environment() -> bool:
     """Whether VLLM_BATCH_INVARIANT asks for batch invariance: "1" yes, "0" or unset no, anything else a ModeError."""
-    value = os.environ.get(ENVIRONMENT_VARIABLE, "0")
+    return read_flag(ENVIRONMENT_VARIABLE, default="0")
+
+
+def read_flag(variable: str, default: str) -> bool:
+    """Whether an environment variable, ``default`` where it is unset, is "1"; ModeError if it is neither 0 nor 1."""
+    value = os.environ.get(variable, default)
     if value not in ("0", "1"):
-        raise ModeError(f"{ENVIRONMENT_VARIABLE} is {value!r}, want 0 or 1")
+        raise ModeError(f"{variable} is {value!r}, want 0 or 1")
     return value == "1"
 
 

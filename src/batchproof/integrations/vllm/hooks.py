@@ -1,0 +1,198 @@
+"""What the plug-in takes over of vLLM, hook by hook: the interface each needs, and how it is put in place.
+
+Everything of vLLM is imported inside the functions, so that this module can be read where vLLM is not installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..._version import __version__
+
+__all__ = ["HOOKS", "PROVIDER", "Hook"]
+
+PROVIDER = "batchproof"  # of vLLM's IR ops, and our key in VllmConfig.additional_config
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One extension point: what it serves, what it needs of vLLM, and how it is installed."""
+
+    name: str
+    serves: str
+    probe: Callable[[], str | None]
+    install: Callable[[], None]
+
+    def missing(self) -> str | None:
+        """None if the interface is there, else what is missing, in one line."""
+        try:
+            return _wrong_platform() or self.probe()
+        except Exception as error:  # whatever a probe trips over is what is missing
+            return f"{type(error).__name__}: {error}"
+
+
+def _wrong_platform() -> str | None:
+    from vllm.platforms import current_platform
+
+    return None if current_platform.is_cuda() else f"vLLM runs on {current_platform.device_name}, want CUDA"
+
+
+def _lacks(owner: Any, *names: str) -> str | None:
+    absent = [name for name in names if not hasattr(owner, name)]
+    return f"{getattr(owner, '__name__', owner)} has no {', '.join(absent)}" if absent else None
+
+
+def _probe_layer(name: str, *parameters: str) -> str | None:
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers import layernorm
+
+    layer = getattr(layernorm, name)
+    signature = list(inspect.signature(layer.forward_cuda).parameters)
+    if signature != ["self", "x", "residual"]:
+        return f"{name}.forward_cuda takes {signature}, want ['self', 'x', 'residual']"
+    taken = op_registry_oot.get(name)
+    if taken is not None and not taken.__module__.startswith("batchproof."):
+        return f"another plug-in has registered {taken.__module__}.{taken.__qualname__} for {name}"
+    absent = [wanted for wanted in parameters if wanted not in inspect.getsource(layer.__init__)]
+    return _lacks(layer, "register_oot") or (f"{name} sets no {', '.join(absent)}" if absent else None)
+
+
+def _install_layer(name: str) -> None:
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers import layernorm
+
+    from . import layers
+
+    if name in op_registry_oot:
+        return
+    base, ours = getattr(layernorm, name), getattr(layers, f"Invariant{name}")
+    base.register_oot(name=name)(ours)
+    ours.name = base.name  # by which the custom_ops switches +name and -name know it
+
+
+def _probe_ir_ops() -> str | None:
+    from vllm import ir
+    from vllm.config.kernel import IrOpPriorityConfig
+    from vllm.platforms import current_platform
+
+    from . import ir_ops
+
+    for name in ir_ops.PROVIDERS:
+        wanted = list(inspect.signature(getattr(ir_ops, name)).parameters)
+        op = getattr(ir.ops, name)
+        found = list(inspect.signature(op.impls["native"].impl_fn).parameters)
+        if found != wanted:
+            return f"vllm.ir.ops.{name} takes {found}, want {wanted}"
+        if name not in IrOpPriorityConfig.__dataclass_fields__:
+            return f"IrOpPriorityConfig has no {name}"
+    return _lacks(type(current_platform), "get_default_ir_op_priority")
+
+
+def _install_ir_ops() -> None:
+    from vllm import ir
+    from vllm.platforms import current_platform
+
+    from . import ir_ops
+
+    for name in ir_ops.PROVIDERS:
+        op = getattr(ir.ops, name)
+        if PROVIDER not in op.impls:
+            op.register_impl(PROVIDER)(getattr(ir_ops, name))
+    _wrap_classmethod(type(current_platform), "get_default_ir_op_priority", _prefer_ours)
+
+
+def _prefer_ours(original: Callable[..., Any], cls: Any, vllm_config: Any) -> Any:
+    """The platform's order of IR op providers with ours first, and our mark on the key of vLLM's compile cache."""
+    from . import ir_ops
+
+    priority = original(vllm_config)
+    for name in ir_ops.PROVIDERS:
+        setattr(priority, name, [PROVIDER, *(p for p in getattr(priority, name) if p != PROVIDER)])
+        chosen = getattr(vllm_config.kernel_config.ir_op_priority, name)
+        if chosen and chosen[0] != PROVIDER:
+            raise ValueError(
+                f"--ir-op-priority.{name} is {chosen}, want none or {PROVIDER!r} first while VLLM_BATCH_INVARIANT is 1"
+            )
+    if isinstance(vllm_config.additional_config, dict):
+        vllm_config.additional_config[PROVIDER] = _compile_key()
+    return priority
+
+
+def _compile_key() -> dict[str, Any]:
+    """What compiled graphs depend on beyond the files that vLLM hashes itself."""
+    from .plugin import fuses_norm_quant
+
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    return {"version": __version__, "source": digest[:16], "fuse_norm_quant": fuses_norm_quant()}
+
+
+def _probe_graph_passes() -> str | None:
+    from vllm.compilation.passes.fusion.matcher_utils import MatcherQuantFP8
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+    from vllm.platforms import current_platform
+
+    default = "vllm.compilation.passes.pass_manager.PostGradPassManager"
+    seen = current_platform.get_pass_manager_cls()
+    if seen not in (default, _PASS_MANAGER):
+        return f"the platform's pass manager is {seen}, want {default}"
+    found = inspect.signature(MatcherQuantFP8.__init__).parameters
+    if "quant_key" not in found:
+        return f"MatcherQuantFP8 takes {list(found)}, want a quant_key"
+    if "self.passes" not in inspect.getsource(PostGradPassManager):
+        return "PostGradPassManager has no passes"
+    return _lacks(PostGradPassManager, "configure")
+
+
+_PASS_MANAGER = f"{__package__}.passes.InvariantPassManager"
+
+
+def _install_graph_passes() -> None:
+    from vllm.platforms import current_platform
+
+    from . import passes  # noqa: F401 - fails here, and not in the middle of a compilation
+
+    _wrap_classmethod(type(current_platform), "get_pass_manager_cls", lambda original, cls: _PASS_MANAGER)
+
+
+def _wrap_classmethod(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace a class method by ``wrapper(original, cls, *args)``; once."""
+    original = getattr(owner, name)
+    if getattr(original, "_batchproof", False):
+        return
+
+    @functools.wraps(original.__func__)
+    def wrapped(cls: Any, *args: Any) -> Any:
+        return wrapper(original, cls, *args)
+
+    wrapped._batchproof = True  # type: ignore[attr-defined]
+    setattr(owner, name, classmethod(wrapped))
+
+
+HOOKS = (
+    Hook(
+        "rms_norm",
+        "RMSNorm layers, with a residual or without",
+        lambda: _probe_layer("RMSNorm", "variance_epsilon", "variance_size_override", "has_weight"),
+        lambda: _install_layer("RMSNorm"),
+    ),
+    Hook(
+        "gemma_rms_norm",
+        "GemmaRMSNorm layers",
+        lambda: _probe_layer("GemmaRMSNorm", "variance_epsilon"),
+        lambda: _install_layer("GemmaRMSNorm"),
+    ),
+    Hook("ir_ops", "vllm.ir's rms_norm and fused_add_rms_norm, whoever calls them", _probe_ir_ops, _install_ir_ops),
+    Hook(
+        "graph_passes",
+        "norms fused with fp8 quantisation in compiled graphs, without vLLM's fusions whose kernels vary",
+        _probe_graph_passes,
+        _install_graph_passes,
+    ),
+)

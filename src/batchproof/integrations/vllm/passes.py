@@ -1,0 +1,156 @@
+"""vLLM's passes over compiled graphs, with ours for norm and quantisation, and without those that would vary.
+
+A norm and the fp8 quantisation behind it become one op with the bits of the two, so the fusion needs no leave: it is
+made whatever ``pass_config.fuse_norm_quant`` says, unless ``BATCHPROOF_FUSE_NORM_QUANT`` is 0. vLLM's own fusions of
+norms put kernels in the graph that choose their threads by the number of tokens; they are left out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import torch
+import torch._inductor.pattern_matcher as pm
+from torch import Tensor, fx
+from vllm.compilation.passes.fusion.matcher_utils import MatcherQuantFP8
+from vllm.compilation.passes.inductor_pass import enable_fake_mode
+from vllm.compilation.passes.pass_manager import PostGradPassManager
+from vllm.compilation.passes.utility.noop_elimination import NoOpEliminationPass
+from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass, VllmPatternMatcherPass
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kFp8StaticTensorSym
+
+from ...ops import rms_norm_quant as _rms_norm_quant  # noqa: F401 - defines the ops
+from .plugin import fuses_norm_quant
+
+__all__ = ["InvariantPassManager", "NormQuantFusionPass"]
+
+_logger = logging.getLogger("vllm.batchproof")
+_ops = torch.ops.batchproof
+_FP8 = torch.float8_e4m3fn
+_VARYING = (
+    "RMSNormQuantFusionPass",  # static and per-block kernels: threads by the number of tokens
+    "AllReduceFusionPass",  # the sum over ranks by message size, and a norm of its own
+    "QKNormRoPEFusionPass",  # heads a warp by the number of tokens
+)
+
+Form = tuple[float, bool]  # eps, gemma
+Quantize = Callable[..., tuple[Tensor, Tensor]]
+
+
+class InvariantPassManager(PostGradPassManager):
+    """vLLM's pass manager, whose list of passes is changed once it is made."""
+
+    def configure(self, config: VllmConfig) -> None:
+        """Make the list for ``config``."""
+        super().configure(config)
+        left_out = sorted({type(p).__name__ for p in self.passes} & set(_VARYING))
+        if left_out:
+            _logger.info("batchproof leaves out %s, whose kernels vary with the batch", ", ".join(left_out))
+        self.passes = [p for p in self.passes if type(p).__name__ not in _VARYING]
+        if fuses_norm_quant():
+            with set_current_vllm_config(config, check_compile=False):
+                first = [isinstance(p, NoOpEliminationPass) for p in self.passes]
+                self.passes.insert(first.index(True) + 1 if True in first else 0, NormQuantFusionPass(config))
+
+
+class NormQuantFusionPass(VllmPatternMatcherPass):
+    """Replace ``rms_norm`` or ``add_rms_norm`` and the fp8 quantisation of its output by the op that does both.
+
+    The quantisation is recognised as vLLM writes it at the moment, as a custom op or in aten ops, by vLLM's own
+    matcher. Patterns hold literals, so they are made when a graph has a norm of a new epsilon.
+    """
+
+    @enable_fake_mode
+    def __init__(self, config: VllmConfig) -> None:
+        super().__init__(config)
+        self.patterns = pm.PatternMatcherPass(pass_name="batchproof_norm_quant")
+        self._static = MatcherQuantFP8(kFp8StaticTensorSym)
+        self._per_token = MatcherQuantFP8(kFp8DynamicTokenSym)
+        self._known: set[Form] = set()
+
+    @VllmInductorPass.time_and_log
+    def __call__(self, graph: fx.Graph) -> None:
+        """Fuse in place."""
+        for form in sorted(set(_forms(graph)) - self._known):
+            self._known.add(form)
+            self._register(form)
+        self.matched_count = self.patterns.apply(graph)
+        self.match_table[self.pass_name] += self.matched_count
+        _logger.debug("batchproof fused %d norms with their quantisation", self.matched_count)
+
+    def uuid(self) -> str:
+        """Of the compile cache; what else graphs depend on is in ``hooks._compile_key``."""
+        return str(self.hash_source(self, *_PAIRS))
+
+    @enable_fake_mode
+    def _register(self, form: Form) -> None:
+        # with a residual first: its graph holds nothing of the other, but order costs nothing to be sure of
+        for make, quantize in product(_PAIRS, (self._static, self._per_token)):
+            pattern, replacement, inputs = make(quantize, quantize is self._static, *form)
+            pm.register_replacement(pattern, replacement, inputs, pm.fwd_only, self.patterns)
+
+
+def _forms(graph: fx.Graph) -> Iterator[Form]:
+    """(eps, gemma) of every norm."""
+    for node in graph.nodes:
+        if node.target in (_ops.rms_norm.default, _ops.add_rms_norm.default):
+            yield node.args[-2], node.args[-1]
+
+
+def _plain(quantize: Quantize, static: bool, eps: float, gemma: bool) -> tuple[Any, Any, list[Tensor]]:
+    """Without a residual."""
+    if static:
+
+        def pattern(x: Tensor, weight: Tensor, scale: Tensor) -> Any:
+            return quantize(_ops.rms_norm.default(x, weight, eps, gemma), scale)[0]
+
+        def replacement(x: Tensor, weight: Tensor, scale: Tensor) -> Any:
+            return _ops.rms_norm_static_fp8_quant.default(x, weight, scale, eps, gemma)
+
+        return pattern, replacement, [_example(5, 16), _example(16), _scale()]
+
+    def pattern_per_token(x: Tensor, weight: Tensor) -> Any:
+        return quantize(_ops.rms_norm.default(x, weight, eps, gemma))
+
+    def replacement_per_token(x: Tensor, weight: Tensor) -> Any:
+        return _ops.rms_norm_dynamic_per_token_quant.default(x, weight, eps, gemma, _FP8, None)
+
+    return pattern_per_token, replacement_per_token, [_example(5, 16), _example(16)]
+
+
+def _with_residual(quantize: Quantize, static: bool, eps: float, gemma: bool) -> tuple[Any, Any, list[Tensor]]:
+    """With one; the sum is an output too."""
+    if static:
+
+        def pattern(x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor) -> Any:
+            y, total = _ops.add_rms_norm.default(x, residual, weight, eps, gemma)
+            return quantize(y, scale)[0], total
+
+        def replacement(x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor) -> Any:
+            return _ops.add_rms_norm_static_fp8_quant.default(x, residual, weight, scale, eps, gemma)
+
+        return pattern, replacement, [_example(5, 16), _example(5, 16), _example(16), _scale()]
+
+    def pattern_per_token(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+        y, total = _ops.add_rms_norm.default(x, residual, weight, eps, gemma)
+        return *quantize(y), total
+
+    def replacement_per_token(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+        return _ops.add_rms_norm_dynamic_per_token_quant.default(x, residual, weight, eps, gemma, _FP8, None)
+
+    return pattern_per_token, replacement_per_token, [_example(5, 16), _example(5, 16), _example(16)]
+
+
+_PAIRS = (_with_residual, _plain)
+
+
+def _example(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
+
+
+def _scale() -> Tensor:
+    return torch.empty(1, 1, dtype=torch.float32, device="cuda")

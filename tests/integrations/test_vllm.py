@@ -1,0 +1,84 @@
+"""The plug-in where vLLM is not installed: when it acts, and what it says of a hook that is missing."""
+
+import importlib
+import importlib.util
+import logging
+from importlib.metadata import entry_points
+
+import pytest
+
+from batchproof.errors import ModeError
+from batchproof.integrations.vllm import HOOKS, Hook, register
+
+plugin = importlib.import_module("batchproof.integrations.vllm.plugin")
+
+
+@pytest.fixture
+def hooks(monkeypatch):
+    """Two hooks, the second missing, in a process that has not registered yet; the list of what gets installed."""
+    installed = []
+    fakes = (
+        Hook("present", "what is there", lambda: None, lambda: installed.append("present")),
+        Hook("absent", "what is not", lambda: "Engine has no socket", lambda: installed.append("absent")),
+    )
+    monkeypatch.setattr(plugin, "HOOKS", fakes)
+    monkeypatch.setattr(plugin, "_done", False)
+    monkeypatch.setattr(Hook, "missing", lambda self: self.probe())
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    return installed
+
+
+def test_vllm_finds_the_entry_point():
+    found = [point for point in entry_points(group="vllm.general_plugins") if point.name == "batchproof"]
+    assert found
+    assert found[0].load() is register
+
+
+@pytest.mark.parametrize("value", ["0", None])
+def test_it_touches_nothing_unless_asked(hooks, monkeypatch, value):
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT") if value is None else monkeypatch.setenv("VLLM_BATCH_INVARIANT", value)
+    register()
+    assert hooks == []
+
+
+def test_a_hook_is_installed_once_and_a_missing_one_is_an_error_in_the_log(hooks, caplog):
+    with caplog.at_level(logging.INFO, logger="vllm.batchproof"):
+        register()
+        register()
+    assert hooks == ["present"]
+    errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 1
+    assert "absent: Engine has no socket" in errors[0]
+    assert "what is there" in caplog.text
+
+
+def test_strict_refuses_to_start_with_a_hook_missing(hooks, monkeypatch):
+    monkeypatch.setenv("BATCHPROOF_STRICT", "1")
+    with pytest.raises(ModeError, match="absent: Engine has no socket"):
+        register()
+
+
+def test_a_hook_that_fails_while_it_is_installed_is_missing(hooks, monkeypatch, caplog):
+    def fail():
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(plugin, "HOOKS", (Hook("broken", "everything", lambda: None, fail),))
+    with caplog.at_level(logging.INFO, logger="vllm.batchproof"):
+        register()
+    assert "broken: RuntimeError: no room" in caplog.text
+    assert "serves" not in caplog.text
+
+
+@pytest.mark.parametrize("variable", ["VLLM_BATCH_INVARIANT", "BATCHPROOF_STRICT", "BATCHPROOF_FUSE_NORM_QUANT"])
+def test_a_malformed_variable_stops_the_start(hooks, monkeypatch, variable):
+    monkeypatch.setenv(variable, "yes")
+    with pytest.raises(ModeError, match=f"{variable} is 'yes', want 0 or 1"):
+        register()
+
+
+def test_without_vllm_every_hook_says_what_is_missing():
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is installed")
+    assert {hook.name for hook in HOOKS} == {"rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes"}
+    for hook in HOOKS:
+        assert "No module named 'vllm'" in hook.missing()
