@@ -16,7 +16,7 @@ from ..errors import ShapeError
 from ._rows import readable, row_strides, writable
 from ._triton import device_guard, tl, triton
 
-__all__ = ["CachedKernel", "RowPlan", "RowVariant", "address_rows", "row_plan"]
+__all__ = ["CachedKernel", "RowPlan", "RowVariant", "address_rows", "row_plan", "use_dependent_launch"]
 
 VECTOR_BYTES = 16
 MAX_ROWS = 2**31 - 1
@@ -47,7 +47,8 @@ early = RowVariant
 
 # For each kind of kernel: (widest row in vectors of 16 bytes, ((most rows, variant), ...)), bf16 sizes beside it.
 # "static" is the norm with static quantisation, "dynamic" with scales made of the row. These three were measured on an
-# H200; "layer_norm" and "gated", which hold a bias or a gate as well, follow from the registers of a thread.
+# H200, few rows of 4096 between matrix products, where the weight and the residual come from memory; "layer_norm" and
+# "gated", which hold a bias or a gate as well, follow from the registers of a thread.
 Variants = tuple[tuple[int, tuple[tuple[int, RowVariant], ...]], ...]
 PACKED = (32, ((ANY, early(8)),))  # up to 256: several rows a program
 WIDE = (MAX_ROWS, ((ANY, RowVariant(16, False, hold=False)),))
@@ -57,8 +58,8 @@ VARIANTS: dict[str, Variants] = {
         (64, ((ANY, early(2)),)),  # 512
         (128, ((ANY, late(2)),)),  # 1024
         (256, ((1536, late(4)), (6144, early(2)), (ANY, early(8)))),  # 2048
-        (512, ((3072, late(4)), (ANY, stream(8)))),  # 4096
-        (640, ((6144, late(4)), (ANY, early(16)))),  # 5120
+        (512, ((96, early(8)), (3072, late(4)), (ANY, stream(8)))),  # 4096
+        (640, ((96, early(8)), (6144, late(4)), (ANY, early(16)))),  # 5120
         (1024, ((384, late(8)), (1536, late(4)), (6144, early(16)), (ANY, stream(8)))),
         (2048, ((384, late(16)), (6144, late(8)), (ANY, stream(16)))),
         WIDE,
@@ -68,7 +69,7 @@ VARIANTS: dict[str, Variants] = {
         (64, ((ANY, early(2)),)),
         (128, ((ANY, late(2)),)),
         (256, ((ANY, late(4)),)),
-        (640, ((96, early(4)), (1536, late(4)), (ANY, late(8)))),
+        (640, ((96, early(8)), (1536, late(4)), (ANY, late(8)))),
         (1024, ((96, early(4)), (384, late(8)), (ANY, late(16)))),
         (2048, ((ANY, late(16)),)),
         WIDE,
@@ -214,6 +215,19 @@ def has_dependent_launch(device: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+_dependent_launch = True
+
+
+def use_dependent_launch(use: bool) -> None:
+    """Whether this process's row kernels are let in before the kernel ahead ends, where the GPU can; at first they are.
+
+    It pays between kernels that let one another in, as these do. Among kernels that do not, such as vLLM's matrix
+    products, it costs half a microsecond a launch in a CUDA graph instead. No bit depends on it.
+    """
+    global _dependent_launch
+    _dependent_launch = use
+
+
 class CachedKernel:
     """A jitted kernel whose launches skip Triton's analysis of the arguments once it was made.
 
@@ -246,14 +260,14 @@ class CachedKernel:
         if device != torch.cuda.current_device():
             with device_guard(like):
                 return self(key, programs, like, arguments, constants, warps)
-        pdl = has_dependent_launch(device)
-        compiled = self.compiled.get((device, key))
+        pdl = _dependent_launch and has_dependent_launch(device)
+        compiled = self.compiled.get((device, pdl, key))
         if compiled is None:
             options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
             if pdl:
                 options["launch_pdl"] = True
             compiled = self.function[(programs,)](*arguments, *constants, pdl, **options)
-            self.compiled[device, key] = compiled
+            self.compiled[device, pdl, key] = compiled
         elif triton.knobs.runtime.launch_enter_hook.calls or triton.knobs.runtime.launch_exit_hook.calls:
             compiled[(programs, 1, 1)](*arguments, *constants, pdl)  # a profiler listens
         else:

@@ -67,8 +67,10 @@ def _install_layer(name: str) -> None:
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers import layernorm
 
+    from ...ops._row_launch import use_dependent_launch
     from . import layers
 
+    use_dependent_launch(False)  # the kernels around a norm are vLLM's, which let nothing in early
     if name in op_registry_oot:
         return
     base, ours = getattr(layernorm, name), getattr(layers, f"Invariant{name}")

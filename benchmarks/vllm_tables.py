@@ -1,0 +1,103 @@
+"""Markdown tables of the vLLM latency benchmark's result file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+PATH = "h200/vllm_latency.json"
+# The first kind whose pattern is in a kernel's name is the kernel's kind.
+KINDS = {
+    "activation": r"silu|gelu|act_and_mul",
+    "norm with quantisation": r"(norm|rsqrt).*(quant|fp8|clamp)|quant.*norm",
+    "norm": r"norm|rsqrt",
+    "quantisation": r"quant|fp8_e4m3|clamp",
+    "attention and KV cache": r"attention|attn|flash|reshape_and_cache|rotary|reduce_segments",
+    "matrix products": r"gemm|cutlass|nvjet|matmul|cublas|splitk|gemv|mm_kernel",
+    "residual add": r"fused_add|functor_add",
+    "others": r"",
+}
+
+Result = Mapping[str, Any]
+
+
+def latency_table(result: Result, path: str = PATH) -> str:
+    """Seconds of each variant under each set of flags, with the caption that says what was measured and where."""
+    flags = "; ".join(f"{name}: `{' '.join(words)}`" if words else f"{name}: none" for name, words in _flags(result))
+    published = result["original"]
+    caption = (
+        f"Median seconds for a batch of {result['batch']}, {result['input_tokens']} tokens in, "
+        f"{result['output_tokens']} out, with `vllm bench latency`: {result['rounds']} interleaved rounds of "
+        f"{result['iterations']} iterations, {result['model']}, dummy weights (right for time, no proof of bits), "
+        f"{result['device']}, vLLM {result['vllm']}, torch {result['torch']} (`benchmarks/results/{path}`). "
+        f"Flags: {flags}. {published['source']} reported {published['before_s']} s before the change and "
+        f"{published['after_s']} s after it, on its author's machine."
+    )
+    return f"{latency_rows(result)}\n\n{caption}"
+
+
+def latency_rows(result: Result) -> str:
+    """The table alone."""
+    lines = ["| variant | flags | seconds | ratio to vLLM batch-invariant |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        seconds = f"{row['median_s']:.4f}" if row["median_s"] is not None else f"missing: {row['missing']}"
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
+        lines.append(f"| {row['name']} | {row['flags']} | {_cell(seconds)} | {ratio} |")
+    return "\n".join(lines)
+
+
+def kernels_table(result: Result, path: str = PATH) -> str:
+    """Kernels of a decode step of each variant, and the caption."""
+    caption = (
+        f"Kernels of one decode step of a batch of {result['batch']}, and their microseconds together, "
+        f"{result['device']}, vLLM {result['vllm']}, {result['model']}; by the kernels' names, kinds of which all "
+        f"variants launch equally many left out (`benchmarks/results/{path}`)."
+    )
+    return f"{kernels_rows(result)}\n\n{caption}"
+
+
+def kernels_rows(result: Result) -> str:
+    """The table alone: all kernels of a step, then those kinds of which the variants launch different numbers."""
+    variants = result["variants"]
+    lines = [f"| flags | kernels | {' | '.join(variants.values())} |", "|---" * (len(variants) + 2) + "|"]
+    for flags, _ in _flags(result):
+        found = {entry["variant"]: entry for entry in result["kernels"] if entry["flags"] == flags}
+        if not found:
+            continue
+        kinds = {variant: by_kind(entry["kernels"]) for variant, entry in found.items()}
+        lines.append(_line(flags, "all", {variant: _sum(entry["kernels"]) for variant, entry in found.items()}, result))
+        for kind in KINDS:
+            figures = {variant: counts.get(kind, (0.0, 0.0)) for variant, counts in kinds.items()}
+            if len({count for count, _ in figures.values()}) > 1:
+                lines.append(_line(flags, kind, figures, result))
+    return "\n".join(lines)
+
+
+def by_kind(kernels: list[list[Any]]) -> dict[str, tuple[float, float]]:
+    """(launches, microseconds together) of each kind of kernel in a decode step."""
+    groups: dict[str, list[list[Any]]] = {}
+    for kernel in kernels:
+        kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, kernel[0].lower()))
+        groups.setdefault(kind, []).append(kernel)
+    return {kind: _sum(group) for kind, group in groups.items()}
+
+
+def _sum(kernels: list[list[Any]]) -> tuple[float, float]:
+    return round(sum(count for _, count, _ in kernels), 2), sum(count * us for _, count, us in kernels)
+
+
+def _line(flags: str, kind: str, figures: Mapping[str, tuple[float, float]], result: Result) -> str:
+    cells = []
+    for variant in result["variants"]:
+        count, us = figures.get(variant, (None, 0.0))
+        cells.append("missing" if count is None else f"{count:g} ({us:.0f} us)" if count else "0")
+    return f"| {flags} | {kind} | {' | '.join(cells)} |"
+
+
+def _flags(result: Result) -> list[tuple[str, list[str]]]:
+    return list(result["flags"].items())
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
