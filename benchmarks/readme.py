@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import tables
+import vllm_tables
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BENCHMARKS = HERE.parent / "docs" / "benchmarks.md"
+VLLM = HERE.parent / "docs" / "vllm.md"
 NORMS: tuple[str, ...] = ("rms_norm", "rms_norm_quant", "rms_norm_gated", "rms_norm_backward")
 
 
@@ -101,7 +103,15 @@ def pages() -> dict[Path, Blocks]:
     }
     if NORMS:
         blocks["norms h200"] = norms_summary
-    return {README: blocks, BENCHMARKS: {f"{name} h200": partial(norms_page, name) for name in NORMS}}
+    latency, exactness = load("h200/vllm_latency.json"), load("h200/vllm_exactness.json")
+    blocks["vllm latency h200"] = lambda: vllm_tables.latency_table(latency)
+    blocks["vllm exactness h200"] = lambda: vllm_tables.exactness_table(exactness)
+    vllm = {
+        "vllm latency h200": blocks["vllm latency h200"],
+        "vllm exactness h200": lambda: vllm_tables.exactness_table(exactness, every=True),
+        "vllm kernels h200": lambda: vllm_tables.kernels_table(latency),
+    }
+    return {README: blocks, BENCHMARKS: {f"{name} h200": partial(norms_page, name) for name in NORMS}, VLLM: vllm}
 
 
 def render(page: Path, text: str) -> str:

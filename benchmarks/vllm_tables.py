@@ -1,4 +1,4 @@
-"""Markdown tables of the vLLM latency benchmark's result file."""
+"""Markdown tables of the result files about vLLM: its latency, and the exactness of its answers."""
 
 from __future__ import annotations
 
@@ -32,19 +32,31 @@ def latency_table(result: Result, path: str = PATH) -> str:
         f"{result['iterations']} iterations, {result['model']}, dummy weights (right for time, no proof of bits), "
         f"{result['device']}, vLLM {result['vllm']}, torch {result['torch']} (`benchmarks/results/{path}`). "
         f"Flags: {flags}. {published['source']} reported {published['before_s']} s before the change and "
-        f"{published['after_s']} s after it, on its author's machine."
+        f"{published['after_s']} s after it, on its author's machine. lm_head is the same kernel in all runs of one "
+        "mode: what it differs by from engine to engine is no variant's doing, and is in the seconds."
     )
     return f"{latency_rows(result)}\n\n{caption}"
 
 
 def latency_rows(result: Result) -> str:
     """The table alone."""
-    lines = ["| variant | flags | seconds | ratio to vLLM batch-invariant |", "|---|---|---|---|"]
+    heads = {(entry["flags"], entry["variant"]): lm_head_us(entry["kernels"]) for entry in result["kernels"]}
+    lines = [
+        "| variant | flags | seconds | ratio to vLLM batch-invariant | lm_head, us a step |",
+        "|---|---|---|---|---|",
+    ]
     for row in result["rows"]:
         seconds = f"{row['median_s']:.4f}" if row["median_s"] is not None else f"missing: {row['missing']}"
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
-        lines.append(f"| {row['name']} | {row['flags']} | {_cell(seconds)} | {ratio} |")
+        head = heads.get((row["flags"], row["variant"]))
+        lm_head = "" if head is None else f"{head:.0f}"
+        lines.append(f"| {row['name']} | {row['flags']} | {_cell(seconds)} | {ratio} | {lm_head} |")
     return "\n".join(lines)
+
+
+def lm_head_us(kernels: list[list[Any]]) -> float | None:
+    """The longest kernel of which a step has one: the same code and weights in every variant of one mode."""
+    return max((us for _, count, us in kernels if count == 1.0), default=None)
 
 
 def kernels_table(result: Result, path: str = PATH) -> str:
@@ -74,6 +86,72 @@ def kernels_rows(result: Result) -> str:
     return "\n".join(lines)
 
 
+SIDES = {"stock": "vLLM batch-invariant", "batchproof": "with batchproof"}
+CONFIGURATIONS = {
+    "graphs": "CUDA graphs",
+    "chunked": "CUDA graphs, prompts in chunks of 512, prefix caching",
+    "eager": "eager",
+}
+
+
+def exactness_table(result: Result, every: bool = False, path: str = "h200/vllm_exactness.json") -> str:
+    """Comparisons that differ, stock and with batchproof; ``every`` adds what else was compared and what differed."""
+    found = {(row["model"], row["configuration"], row["side"]): row for row in result["rows"]}
+    names = " | ".join(f"{name}: changed" for name in SIDES.values())
+    lines = [f"| model | run | {names} |", "|---|---|---|---|"]
+    for model, configuration in dict.fromkeys((model, configuration) for model, configuration, _ in found):
+        cells = [_changed(found.get((model, configuration, side)), "greedy") for side in SIDES]
+        lines.append(f"| {model} | {CONFIGURATIONS[configuration]} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "A request alone against the same request in company: 3, 40 and 300 neighbours, at first, middle and last "
+        "place, prefill past 256 tokens, long neighbours, cached prefixes; prompts of 40, 300 and 700 tokens, 12 "
+        "greedy tokens; token ids, the 20 best logprobs and the prompt's compared to the bit. 4 layers with random "
+        f"weights of an 8B model's shapes (Gemma-2: the 2B's), TRITON_ATTN, {result['device']}, vLLM "
+        f"{result['vllm']}, torch {result['torch']} (`benchmarks/results/{path}`).",
+    ]
+    if every:
+        lines += ["", *_else_compared(result)]
+    return "\n".join(lines)
+
+
+def _changed(row: Result | None, kind: str) -> str:
+    if row is None:
+        return "-"
+    return (
+        f"not run: {_cell(row['error'])}"
+        if row["error"]
+        else f"{row[f'{kind}_differ']} of {row[f'{kind}_comparisons']}"
+    )
+
+
+def _else_compared(result: Result) -> list[str]:
+    seeded = [
+        f"{row['model']}, {row['configuration']}, {SIDES[row['side']]}: {_changed(row, 'seeded')}"
+        for row in result["rows"]
+    ]
+    lines = [f"With a seed, at temperature 0.8, alone against 300 neighbours, changed: {'; '.join(seeded)}."]
+    across = [
+        f"{row['model']}, {SIDES[row['side']]}: {row['differ']} of {row['comparisons']}"
+        for row in result["chunked_against_whole"]
+    ]
+    if across:
+        lines += [
+            "",
+            f"Prompts in chunks of 512 against whole prompts, in another engine, changed: {'; '.join(across)}.",
+        ]
+    for side in SIDES:
+        places: dict[str, int] = {}
+        for row in (row for row in result["rows"] if row["side"] == side):
+            for difference in row["differences"]:
+                if difference["kind"] == "greedy":
+                    place = f"{difference['prompt']} tokens {difference['scenario']}"
+                    places[place] = places.get(place, 0) + 1
+        listed = ", ".join(f"{place} ({count})" for place, count in sorted(places.items(), key=lambda item: -item[1]))
+        lines += ["", f"What changed, {SIDES[side]}: {listed or 'nothing'}."]
+    return lines
+
+
 def by_kind(kernels: list[list[Any]]) -> dict[str, tuple[float, float]]:
     """(launches, microseconds together) of each kind of kernel in a decode step."""
     groups: dict[str, list[list[Any]]] = {}
@@ -91,7 +169,7 @@ def _line(flags: str, kind: str, figures: Mapping[str, tuple[float, float]], res
     cells = []
     for variant in result["variants"]:
         count, us = figures.get(variant, (None, 0.0))
-        cells.append("missing" if count is None else f"{count:g} ({us:.0f} us)" if count else "0")
+        cells.append("-" if count is None else f"{count:g} ({us:.0f} us)" if count else "0")
     return f"| {flags} | {kind} | {' | '.join(cells)} |"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helper module `invariance`
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))  # for `vllm_runs` and `vllm_exactness`
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before any kernel module is
