@@ -70,10 +70,11 @@ def tensors(config: dict[str, Any], randn: Callable[..., torch.Tensor]) -> Itera
     def norm(size: int) -> torch.Tensor:
         return (0.0 if gemma else 1.0) + 0.1 * randn(size)  # Gemma scales by 1 + weight
 
-    yield "model.embed_tokens.weight", randn(config["vocab_size"], hidden) * (0.05 if gemma else 1.0)
+    # Gemma's embedding is its lm_head as well: unless it is small, each token predicts itself, and with certainty
+    yield "model.embed_tokens.weight", randn(config["vocab_size"], hidden) * (0.001 if gemma else 1.0)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", randn(config["vocab_size"], hidden) * 0.05
-    yield "model.norm.weight", norm(hidden)
+    yield "model.norm.weight", norm(hidden) + (60.0 if gemma else 0.0)  # brings the logits back to a deviation of 3
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         for name in norms:

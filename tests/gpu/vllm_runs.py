@@ -58,9 +58,10 @@ class Job(NamedTuple):
 JOBS = tuple(
     Job(side, model, configuration)
     for configuration in CONFIGURATIONS
-    for model in ("llama fp8", "llama bf16")
+    for model in MODELS
     for side in SIDES
-) + tuple(Job("batchproof", model, "graphs") for model in ("qwen3 bf16", "gemma2 bf16"))
+    if configuration == "graphs" or model.startswith("llama")
+)
 
 
 def run_all(
