@@ -60,8 +60,9 @@ class InvariantPassManager(PostGradPassManager):
 class NormQuantFusionPass(VllmPatternMatcherPass):
     """Replace ``rms_norm`` or ``add_rms_norm`` and the fp8 quantisation of its output by the op that does both.
 
-    The quantisation is recognised as vLLM writes it at the moment, as a custom op or in aten ops, by vLLM's own
-    matcher. Patterns hold literals, so they are made when a graph has a norm of a new epsilon.
+    The quantisation is recognised by vLLM's own matcher, where it is compiled. As a custom op, with ``+quant_fp8``, it
+    is called with arguments that the matcher does not write, and stays a kernel of its own. Patterns hold literals,
+    so they are made when a graph has a norm of a new epsilon.
     """
 
     @enable_fake_mode
