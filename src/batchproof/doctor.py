@@ -175,10 +175,10 @@ def _transformers_models(installed: bool) -> dict[str, Any]:
     if not installed:
         return {"model_types": [], "obstacle": _ABSENT}
     try:
-        from .integrations.transformers.swap import _FAMILIES
+        from .integrations.transformers.swap import FAMILIES
     except ImportError as error:
         return {"model_types": [], "obstacle": f"importing the integration fails: {_one_line(error)}"}
-    return {"model_types": list(_FAMILIES), "obstacle": None}
+    return {"model_types": list(FAMILIES), "obstacle": None}
 
 
 def _transformers_line(models: dict[str, Any]) -> str:

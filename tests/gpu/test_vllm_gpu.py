@@ -17,8 +17,7 @@ def rows(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("vllm")
     models = vllm_runs.write_models(folder, list(vllm_runs.MODELS))
-    summary = vllm_runs.summarise(vllm_runs.run_all(vllm_runs.JOBS, models, folder))
-    return summary
+    return vllm_runs.summarise(vllm_runs.run_all(vllm_runs.JOBS, models, folder))
 
 
 def test_every_engine_answered(rows):

@@ -14,11 +14,11 @@ from ... import layers
 from ...errors import DeviceError, NotInvariantError, UnsupportedError
 from .attention import NAME, register_attention
 
-__all__ = ["Report", "make_invariant"]
+__all__ = ["FAMILIES", "Report", "make_invariant"]
 
-_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")
-_NORMS = {f"{family}RMSNorm": family.startswith("Gemma") for family in _FAMILIES}
-_ROTARY = {f"{family}RotaryEmbedding" for family in _FAMILIES}
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")
+_NORMS = {f"{family}RMSNorm": family.startswith("Gemma") for family in FAMILIES}
+_ROTARY = {f"{family}RotaryEmbedding" for family in FAMILIES}
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # others derive their frequencies from the batch's positions
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "SiLUActivation": layers.SiLU,
@@ -27,7 +27,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 # What computes nothing itself, or one value out of one value, or copies: its result cannot depend on the batch.
 _PARTS = ("Model", "TextModel", "ForCausalLM", "DecoderLayer", "Attention", "MLP", "TextScaledWordEmbedding")
-_VOUCHED = {f"{family}{part}" for family in _FAMILIES for part in _PARTS}
+_VOUCHED = {f"{family}{part}" for family in FAMILIES for part in _PARTS}
 _VOUCHED |= {"ModuleList", "Embedding", "Identity", "Dropout"}
 
 

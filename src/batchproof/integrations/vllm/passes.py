@@ -89,7 +89,6 @@ class NormQuantFusionPass(VllmPatternMatcherPass):
 
     @enable_fake_mode
     def _register(self, form: Form) -> None:
-        # with a residual first: its graph holds nothing of the other, but order costs nothing to be sure of
         for make, quantize in product(_PAIRS, (self._static, self._per_token)):
             pattern, replacement, inputs = make(quantize, quantize is self._static, *form)
             pm.register_replacement(pattern, replacement, inputs, pm.fwd_only, self.patterns)
