@@ -13,7 +13,7 @@ from batchproof.ops._quantize import (
     quantize_per_token_reference,
     quantize_static_fp8_reference,
 )
-from batchproof.ops._row_launch import VARIANTS, row_plan
+from batchproof.ops._row_launch import VARIANTS, row_plan, use_dependent_launch
 from batchproof.ops.rms_norm import add_rms_norm, rms_norm
 from batchproof.ops.rms_norm_quant import rms_norm_dynamic_per_token_quant
 from invariance import assert_same
@@ -83,6 +83,24 @@ def test_norms_across_every_threshold_of_the_table(width, rows, device):
     for row in {0, rows // 2, rows - 1}:
         alone = add_rms_norm(x[row : row + 1], residual[row : row + 1], weight)
         assert_same(alone, tuple(t[row : row + 1] for t in whole), f"row {row} of {rows}")
+
+
+@pytest.mark.parametrize("rows", [1, 256, 257, 7000])
+@pytest.mark.parametrize("width", [128, 1024, 4096])
+def test_dependent_launch_changes_no_bit(width, rows, device):
+    """Chained, so that each kernel is let in while the one that makes its input still runs."""
+    x, residual = hostile_rows(rows, width, torch.bfloat16, device, "wide exponents")
+    found = []
+    try:
+        for use in (True, False):
+            use_dependent_launch(use)
+            y, total = x, residual
+            for _ in range(20):
+                y, total = add_rms_norm(y, total)
+            found.append((y, total))
+    finally:
+        use_dependent_launch(True)
+    assert_same(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
