@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plot import COLORS, OUR_COLOR
+from vllm_tables import joined
 
 HERE = Path(__file__).parent
 BAR_COLORS = {
@@ -62,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs", help="folder for the plot; default: docs")
     options = parser.parse_args(arguments)
     path = options.out / f"vllm_latency_{options.device}.png"
-    latency(json.loads((options.results / options.device / "vllm_latency.json").read_text()), path)
+    files = sorted((options.results / options.device).glob("vllm_latency*.json"))
+    latency(joined([json.loads(file.read_text()) for file in files]), path)
     print(f"written to {path}")
     return 0
 

@@ -17,7 +17,13 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BENCHMARKS = HERE.parent / "docs" / "benchmarks.md"
 VLLM = HERE.parent / "docs" / "vllm.md"
-NORMS: tuple[str, ...] = ("rms_norm", "rms_norm_quant", "rms_norm_gated", "rms_norm_backward")
+NORMS: tuple[str, ...] = (
+    "rms_norm",
+    "rms_norm_quant",
+    "layer_norm",
+    "rms_norm_gated",
+    "rms_norm_backward",
+)
 
 
 def load(path: str) -> dict[str, Any]:
@@ -103,7 +109,8 @@ def pages() -> dict[Path, Blocks]:
     }
     if NORMS:
         blocks["norms h200"] = norms_summary
-    latency, exactness = load("h200/vllm_latency.json"), load("h200/vllm_exactness.json")
+    latency = vllm_tables.joined([load(path) for path in vllm_tables.PATHS])
+    exactness = load("h200/vllm_exactness.json")
     blocks["vllm latency h200"] = lambda: vllm_tables.latency_table(latency)
     blocks["vllm exactness h200"] = lambda: vllm_tables.exactness_table(exactness)
     vllm = {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 PATH = "h200/vllm_latency.json"
+PATHS = (PATH, "h200/vllm_latency_default.json")  # one run for each set of flags
 # The first kind whose pattern is in a kernel's name is the kernel's kind.
 KINDS = {
     "activation": r"silu|gelu|act_and_mul",
@@ -22,36 +23,58 @@ KINDS = {
 Result = Mapping[str, Any]
 
 
-def latency_table(result: Result, path: str = PATH) -> str:
+def joined(results: Sequence[Result]) -> dict[str, Any]:
+    """Runs of the same benchmark under different flags as one result, with the fewest rounds and iterations of any."""
+    whole = dict(results[0])
+    whole["flags"] = {name: words for result in results for name, words in result["flags"].items()}
+    whole |= {key: [row for result in results for row in result[key]] for key in ("rows", "kernels")}
+    return whole | {key: min(result[key] for result in results) for key in ("rounds", "iterations")}
+
+
+def latency_table(result: Result, paths: Sequence[str] = PATHS) -> str:
     """Seconds of each variant under each set of flags, with the caption that says what was measured and where."""
     flags = "; ".join(f"{name}: `{' '.join(words)}`" if words else f"{name}: none" for name, words in _flags(result))
     published = result["original"]
     caption = (
         f"Median seconds for a batch of {result['batch']}, {result['input_tokens']} tokens in, "
-        f"{result['output_tokens']} out, with `vllm bench latency`: {result['rounds']} interleaved rounds of "
-        f"{result['iterations']} iterations, {result['model']}, dummy weights (right for time, no proof of bits), "
-        f"{result['device']}, vLLM {result['vllm']}, torch {result['torch']} (`benchmarks/results/{path}`). "
+        f"{result['output_tokens']} out, with `vllm bench latency`: at least {result['rounds']} interleaved "
+        f"rounds of {result['iterations']} iterations, {result['model']}, dummy weights (right for time, no proof of "
+        f"bits), {result['device']}, vLLM {result['vllm']}, torch {result['torch']} ({_files(paths)}). "
         f"Flags: {flags}. {published['source']} reported {published['before_s']} s before the change and "
         f"{published['after_s']} s after it, on its author's machine. lm_head is the same kernel in all runs of one "
-        "mode: what it differs by from engine to engine is no variant's doing, and is in the seconds."
+        "mode: what it differs by from engine to engine is no variant's doing, and is in the seconds; the last column "
+        "leaves it out of both sides of the ratio."
     )
     return f"{latency_rows(result)}\n\n{caption}"
 
 
 def latency_rows(result: Result) -> str:
     """The table alone."""
-    heads = {(entry["flags"], entry["variant"]): lm_head_us(entry["kernels"]) for entry in result["kernels"]}
+    heads = {_key(entry): lm_head_us(entry["kernels"]) for entry in result["kernels"]}
     lines = [
-        "| variant | flags | seconds | ratio to vLLM batch-invariant | lm_head, us a step |",
-        "|---|---|---|---|---|",
+        "| variant | flags | seconds | ratio to vLLM batch-invariant | lm_head, us a step | ratio without lm_head |",
+        "|---|---|---|---|---|---|",
     ]
+    others = {key: _without_lm_head(row, heads.get(key), result) for row in result["rows"] for key in [_key(row)]}
     for row in result["rows"]:
         seconds = f"{row['median_s']:.4f}" if row["median_s"] is not None else f"missing: {row['missing']}"
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
-        head = heads.get((row["flags"], row["variant"]))
+        head = heads.get(_key(row))
         lm_head = "" if head is None else f"{head:.0f}"
-        lines.append(f"| {row['name']} | {row['flags']} | {_cell(seconds)} | {ratio} | {lm_head} |")
+        rest, base = others[_key(row)], others.get((row["flags"], "b"))
+        without = f"{rest / base:.3f}" if rest and base else ""
+        lines.append(f"| {row['name']} | {row['flags']} | {_cell(seconds)} | {ratio} | {lm_head} | {without} |")
     return "\n".join(lines)
+
+
+def _key(row: Result) -> tuple[str, str]:
+    return row["flags"], row["variant"]
+
+
+def _without_lm_head(row: Result, head_us: float | None, result: Result) -> float | None:
+    """Seconds less those of lm_head, which runs once for every token out."""
+    seconds: float | None = row["median_s"]
+    return None if seconds is None or head_us is None else seconds - result["output_tokens"] * head_us * 1e-6
 
 
 def lm_head_us(kernels: list[list[Any]]) -> float | None:
@@ -59,12 +82,12 @@ def lm_head_us(kernels: list[list[Any]]) -> float | None:
     return max((us for _, count, us in kernels if count == 1.0), default=None)
 
 
-def kernels_table(result: Result, path: str = PATH) -> str:
+def kernels_table(result: Result, paths: Sequence[str] = PATHS) -> str:
     """Kernels of a decode step of each variant, and the caption."""
     caption = (
         f"Kernels of one decode step of a batch of {result['batch']}, and their microseconds together, "
         f"{result['device']}, vLLM {result['vllm']}, {result['model']}; by the kernels' names, kinds of which all "
-        f"variants launch equally many left out (`benchmarks/results/{path}`)."
+        f"variants launch equally many left out ({_files(paths)})."
     )
     return f"{kernels_rows(result)}\n\n{caption}"
 
@@ -84,6 +107,10 @@ def kernels_rows(result: Result) -> str:
             if len({count for count, _ in figures.values()}) > 1:
                 lines.append(_line(flags, kind, figures, result))
     return "\n".join(lines)
+
+
+def _files(paths: Sequence[str]) -> str:
+    return ", ".join(f"`benchmarks/results/{path}`" for path in paths)
 
 
 SIDES = {"stock": "vLLM batch-invariant", "batchproof": "with batchproof"}

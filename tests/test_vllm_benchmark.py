@@ -344,15 +344,33 @@ def synthetic():
     }  # fmt: skip
 
 
+def test_the_latency_table_leaves_lm_head_out_of_its_last_column(bench):
+    result = synthetic()
+    result["kernels"] = [
+        {"flags": "original", "variant": variant, "total": 2.0, "kernels": [["lm_head", 1.0, us], ["norm", 65.0, 4.0]]}
+        for variant, us in (("a", 1000.0), ("b", 500.0))
+    ]
+    expected = (0.5 - 128 * 1000e-6) / (0.4 - 128 * 500e-6)
+    assert bench.tables.latency_rows(result).splitlines()[2].endswith(f"| 1000 | {expected:.3f} |")
+
+
+def test_runs_under_different_flags_are_joined(bench):
+    one, other = synthetic(), synthetic() | {"flags": {"other": ["-x"]}, "rounds": 1}
+    joined = bench.tables.joined([one, other])
+    assert list(joined["flags"]) == ["original", "default", "other"]
+    assert (joined["rounds"], joined["iterations"]) == (1, 10)
+    assert joined["rows"] == one["rows"] + other["rows"]
+
+
 def test_the_latency_table(bench):
     table = bench.tables.latency_table(synthetic())
     assert table.splitlines()[2:8] == [
-        "| before the change | original | 0.5000 | 1.250 |  |",
-        "| vLLM batch-invariant | original | 0.4000 | 1.000 |  |",
-        "| batchproof norms, fused quantisation | original | 0.3000 | 0.750 |  |",
-        "| before the change | default | 0.5000 | 1.250 |  |",
-        "| vLLM batch-invariant | default | 0.4000 | 1.000 |  |",
-        r"| batchproof norms, fused quantisation | default | missing: ended with exit code 1: a \| b |  |  |",
+        "| before the change | original | 0.5000 | 1.250 |  |  |",
+        "| vLLM batch-invariant | original | 0.4000 | 1.000 |  |  |",
+        "| batchproof norms, fused quantisation | original | 0.3000 | 0.750 |  |  |",
+        "| before the change | default | 0.5000 | 1.250 |  |  |",
+        "| vLLM batch-invariant | default | 0.4000 | 1.000 |  |  |",
+        r"| batchproof norms, fused quantisation | default | missing: ended with exit code 1: a \| b |  |  |  |",
     ]
     for said in (
         "NVIDIA H200",
