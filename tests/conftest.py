@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helper module `invariance`
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))  # for `vllm_runs` and `vllm_exactness`
+sys.path.insert(0, str(Path(__file__).parent / "audit"))  # for `mutation` and the mutants
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before any kernel module is
@@ -39,6 +40,9 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    score = sys.modules.get("mutation")
+    if score is not None and (score.SCORE.killed or score.SCORE.survived):
+        terminalreporter.write_line(score.SCORE.line())
     path = config.getoption("--result-file")
     if path is None or hasattr(config, "workerinput"):  # a worker of pytest-xdist knows its own share only
         return
