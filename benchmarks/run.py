@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refused as refusal:
         print(f"{refusal}\n{options.name}: refused, nothing is written", file=sys.stderr)
         return 1
-    out = getattr(options, "out", None) or HERE / "results" / _folder() / f"{options.name}.json"
+    out = getattr(options, "out", None) or HERE / "results" / device_folder() / f"{options.name}.json"
     write(out, result)
     print(f"written to {out}")
     return 0
@@ -107,7 +107,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     return parser, made
 
 
-def _folder() -> str:
+def device_folder() -> str:
+    """The folder of this device under results."""
     if not torch.cuda.is_available():
         return "cpu"
     return torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "_")

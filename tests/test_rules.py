@@ -14,7 +14,7 @@ from batchproof.registry import all_specs
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 FAMILIES = [module.name for module in pkgutil.iter_modules(ops.__path__) if not module.name.startswith("_")]
-MAY_PRINT = {"cli.py", "demo.py"}
+MAY_PRINT = {"cli", "demo.py"}
 
 
 def test_there_is_something_to_check():
@@ -52,7 +52,7 @@ def test_files_are_short():
 def test_the_library_does_not_print(path):
     calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     lines = [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
-    assert path.name in MAY_PRINT or lines == []
+    assert path.relative_to(ROOT / "src" / "batchproof").parts[0] in MAY_PRINT or lines == []
 
 
 def test_public_names_are_sorted_and_there():

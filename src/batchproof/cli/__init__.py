@@ -1,4 +1,4 @@
-"""The command line: batchproof generate | verify | demo | doctor."""
+"""The command line: batchproof generate | verify | demo | doctor | audit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ._version import __version__
-from .errors import BatchproofError
-from .mode import requested_by_environment
+from .._version import __version__
+from ..errors import BatchproofError
+from ..mode import requested_by_environment
+from .audit import add_audit
 
 __all__ = ["main"]
 
@@ -131,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = command("doctor", "what of batchproof is in force here", _DOCTOR, _doctor, runs_model=False)
     doctor.add_argument("--json", action="store_true", help="the same as one JSON object")
+
+    add_audit(commands)
     return parser
 
 
@@ -142,7 +145,7 @@ def _positive(text: str) -> int:
 
 def _load(options: argparse.Namespace) -> Any:
     _quiet_transformers()
-    from .generation.model import Generator
+    from ..generation.model import Generator
 
     return Generator.load(options.model, options.device, options.dtype)
 
@@ -161,7 +164,7 @@ def _generate(options: argparse.Namespace) -> int:
     if not options.prompts.is_file():
         raise BatchproofError(f"no file {options.prompts}")
     generator = _load(options)
-    from .generation.generate import generate
+    from ..generation.generate import generate
 
     bar: tqdm[Any] = tqdm(unit="answer", disable=None, dynamic_ncols=True)
     tokens = 0
@@ -196,7 +199,7 @@ def _verify(options: argparse.Namespace) -> int:
     if not options.answers.is_file():
         raise BatchproofError(f"no file {options.answers}")
     generator = _load(options)
-    from .generation.verify import DIFFERS, UNREADABLE, read_answers, verify
+    from ..generation.verify import DIFFERS, UNREADABLE, read_answers, verify
 
     answers, unreadable = read_answers(options.answers)
     if options.sample is not None and options.sample < len(answers):
@@ -216,14 +219,14 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from .demo import run
+    from ..demo import run
 
     code: int = run(options.model, options.out, options.device)
     return code
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from .doctor import collect, render
+    from ..doctor import collect, render
 
     with contextlib.redirect_stdout(sys.stderr):  # where vLLM's log then goes, which would stand in the JSON
         report = collect()
