@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -236,18 +236,17 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [c for c in cases() if not options.only or any(c.library.startswith(name) for name in options.only)]
     chosen.sort(key=lambda case: "--compile" not in case.options)  # the longest first
+    out = options.out or HERE / "results" / device_folder() / "what_varies.json"
+    order = {(case.library, case.op): i for i, case in enumerate(cases())}
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.parallel) as pool:
         waiting = [pool.submit(run_case, case, Path(folder), i, options.limit) for i, case in enumerate(chosen)]
-        rows = []
-        for future in waiting:
+        for future in as_completed(waiting):
             row = future.result()
-            rows.append(row)
+            rows = sorted([*rows, row], key=lambda row: order[row["library"], row["op"]])
+            write(out, describe() | {"asked": len(chosen), "rows": rows})  # what was done is kept if it is stopped
             said = row.get("error") or row["classes"] or ""
             print(f"{row['library']} {row['op']}: {row['verdict']} ({row['seconds']} s) {said[:100]}", flush=True)
-    order = {(case.library, case.op): i for i, case in enumerate(cases())}
-    rows.sort(key=lambda row: order[row["library"], row["op"]])
-    out = options.out or HERE / "results" / device_folder() / "what_varies.json"
-    write(out, describe() | {"rows": rows})
     print(f"written to {out}")
     return 0
 
