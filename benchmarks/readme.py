@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import audit_tables
 import tables
 import vllm_tables
 
@@ -17,6 +18,7 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BENCHMARKS = HERE.parent / "docs" / "benchmarks.md"
 VLLM = HERE.parent / "docs" / "vllm.md"
+WHAT_VARIES = HERE.parent / "docs" / "what_varies.md"
 NORMS: tuple[str, ...] = (
     "rms_norm",
     "rms_norm_quant",
@@ -118,7 +120,13 @@ def pages() -> dict[Path, Blocks]:
         "vllm exactness h200": lambda: vllm_tables.exactness_table(exactness, every=True),
         "vllm kernels h200": lambda: vllm_tables.kernels_table(latency),
     }
-    return {README: blocks, BENCHMARKS: {f"{name} h200": partial(norms_page, name) for name in NORMS}, VLLM: vllm}
+    audits = {"what varies h200": lambda: audit_tables.what_varies(load(audit_tables.PATH))}
+    return {
+        README: blocks,
+        WHAT_VARIES: audits,
+        BENCHMARKS: {f"{name} h200": partial(norms_page, name) for name in NORMS},
+        VLLM: vllm,
+    }
 
 
 def render(page: Path, text: str) -> str:

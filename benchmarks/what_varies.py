@@ -220,7 +220,8 @@ def run_case(case: Case, folder: Path, number: int, limit_s: float) -> dict[str,
         return row | {"verdict": "not audited", "error": why}
     report = json.loads(path.read_text())
     cause = next((check for check in report["checks"] if check["verdict"] == "varies"), None)
-    row |= {key: report[key] for key in ("verdict", "classes", "gaps", "not_observed", "reproduction")}
+    kept = ("verdict", "classes", "gaps", "not_observed", "reproduction", "error")
+    row |= {key: report[key] for key in kept}
     row["audit_seconds"] = round(report["seconds"], 1)
     row["varies"] = [check["relation"] for check in report["checks"] if check["verdict"] == "varies"]
     return row | {"cause": cause}

@@ -1,0 +1,112 @@
+"""Markdown tables of what_varies.json: which ops' bits follow the batch, from which size on, and by what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PATH = "h200/what_varies.json"
+# Relations of the batch: what is said of a row if they vary. A layout is the row's own.
+PLACES = {
+    "repeat": "not the same from run to run",
+    "neighbours": "by what the neighbours hold",
+    "position": "by the place in the batch",
+    "padding": "by padding",
+    "chunking": "by chunking",
+    "graph against eager": "in a CUDA graph",
+}
+
+Result = Mapping[str, Any]
+
+
+def what_varies(result: Result, path: str = PATH) -> str:
+    """A table for every library, those of the most varying ops first, and how they were audited."""
+    parts = [_summary(result), ""]
+    for library in dict.fromkeys(row["library"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["library"] == library]
+        parts += [f"### {library}", "", "| op | bit classes of M | the bits vary | cause |", "|---|---|---|---|"]
+        parts += [_line(row) for row in rows]
+        parts.append("")
+    parts.append(
+        f"{result['device']}, torch {result['torch']}, triton {result['triton']} (`benchmarks/results/{path}`, with "
+        "the arguments of every audit, the kernels on either side of a threshold, and a program that shows it)."
+    )
+    return "\n".join(parts)
+
+
+def _summary(result: Result) -> str:
+    audited = [row for row in result["rows"] if row["verdict"] != "not audited"]
+    ours = [row for row in audited if row["library"] == "batchproof"]
+    others = [row for row in audited if row["library"] != "batchproof"]
+    return (
+        f"{len(audited)} audits. Of {len(others)} ops of others, {sum(map(varies_with_batch, others))} vary with the "
+        f"batch or from run to run, and {sum(map(varies_by_layout_alone, others))} by layout alone; of batchproof's "
+        f"{len(ours)}, {sum(map(varies_with_batch, ours))} and {sum(map(varies_by_layout_alone, ours))}."
+    )
+
+
+def varies_with_batch(row: Result) -> bool:
+    """Whether a relation of the batch varies, not just that of a row's layout."""
+    return any(relation != "layout" for relation in row.get("varies", ()))
+
+
+def varies_by_layout_alone(row: Result) -> bool:
+    """Whether the layout of a row is all that its bits depend on."""
+    return list(row.get("varies", ())) == ["layout"]
+
+
+def _line(row: Result) -> str:
+    if row["verdict"] == "not audited":
+        return f"| {row['op']} | | not audited | {_cell(row.get('error') or 'see the file')} |"
+    found = row["varies"]
+    said = [PLACES[relation] for relation in found if relation in PLACES]
+    if "batch size" in found:
+        threshold = row["cause"]["threshold"] if row["cause"]["relation"] == "batch size" else None
+        said.insert(0, "by M" + (f", first at {threshold}" if threshold else ""))
+    if "layout" in found:
+        said.append("by layout")
+    why = _cause(row["cause"]) if row["cause"] else ""
+    return f"| {row['op']} | {_cell(row['classes'] or '')} | {', '.join(said) or 'no'} | {_cell(why)} |"
+
+
+def _cause(cause: Result) -> str:
+    """What differs between the launches on either side, or what was seen."""
+    if cause["relation"] == "batch size" and cause["launches"]:
+        before, after = cause["launches"]
+        return _changed(before, after)
+    differs = cause["difference"]
+    return f"{cause['detail']} ({differs['elements']} of {differs['of']} elements)" if differs else cause["detail"]
+
+
+def _changed(before: Sequence[Result], after: Sequence[Result]) -> str:
+    if not before and not after:
+        return "the same launches"
+    names = [[_short(launch["kernel"]) for launch in side] for side in (before, after)]
+    if names[0] != names[1]:
+        return (
+            f"`{', '.join(dict.fromkeys(names[0])) or 'none'}` becomes `{', '.join(dict.fromkeys(names[1])) or 'none'}`"
+        )
+    for was, now in zip(before, after, strict=True):
+        for what in ("block", "shared_bytes"):
+            if was[what] != now[what]:
+                return f"`{_short(was['kernel'])}`: {what.replace('_', ' ')} {_by(was[what])} becomes {_by(now[what])}"
+    return "; ".join(
+        f"`{_short(was['kernel'])}`: grid {_by(was['grid'])} becomes {_by(now['grid'])}"
+        for was, now in zip(before, after, strict=True)
+        if was["grid"] != now["grid"]
+    )
+
+
+def _short(kernel: str) -> str:
+    """A kernel's name without its return type, template arguments and parameters."""
+    name = re.sub(r"^(void|std::enable_if<.*?>::type) ", "", kernel)
+    return re.split(r"[<(]", name)[0].split("::")[-1]
+
+
+def _by(size: Any) -> str:
+    return "x".join(map(str, size)) if isinstance(size, list) else str(size)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
