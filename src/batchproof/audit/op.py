@@ -216,7 +216,8 @@ class _Audit:
         self.cases = 0
         changed = next((i for i in range(1, len(tried)) if self.classes[tried[i]] != self.classes[tried[i - 1]]), None)
         if changed is None:
-            detail = f"{len(tried)} sizes from {tried[0]} to {tried[-1]}, {_list(self.workload.kinds)} inputs"
+            span = f" from {tried[0]} to {tried[-1]}" if tried else ""
+            detail = f"{len(tried)} sizes{span}, {_list(self.workload.kinds)} inputs"
             if complete:
                 return Check("batch size", HOLDS, cases, detail)
             detail = f"time was over after {detail}; {len(self.sizes)} were wanted"

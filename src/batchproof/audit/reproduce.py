@@ -42,9 +42,10 @@ def reproduce(workload: Workload, name: str, kind: str, first: Side, second: Sid
     if not lines:
         return None
     importing = _import_line(workload.function, name)
+    more = ", fill=None, kept=None" if _is_changed(first, second) else ""
     program = [
         "import torch", importing or f"# function = {name}", "", *lines, "",
-        "def run(rows, fill=None, kept=None):", *_body(workload, (first, second)), "",
+        f"def run(rows{more}):", *_body(workload, (first, second)), "",
         f"a_rows, b_rows = {_rows(first.rows)}, {_rows(second.rows)}",
         f"a, b = run(a_rows{_more(first)}), run(b_rows{_more(second)})",
         f"both = [r for r in a_rows if r in b_rows{_both(first, second)}]",
@@ -68,7 +69,8 @@ def _import_line(function: Callable[..., Any], name: str) -> str | None:
             continue
         with contextlib.suppress(ImportError, AttributeError, ValueError):
             if operator.attrgetter(attribute)(importlib.import_module(module)) is function:
-                return f"import {module}\nfunction = {module}.{attribute}"
+                more = "" if module == "torch" else f"import {module}\n"
+                return f"{more}function = {module}.{attribute}"
     return None
 
 
@@ -116,6 +118,10 @@ def _observed(output: Output) -> str:
     if output.each == 1 and output.axis == 0:
         return tensor
     return f"{tensor}.unflatten({output.axis}, (len(rows), -1)).movedim({output.axis}, 0)"
+
+
+def _is_changed(*sides: Side) -> bool:
+    return any(side.fill is not None or side.layout is not None for side in sides)
 
 
 def _rows(rows: range | Sequence[int]) -> str:

@@ -117,12 +117,12 @@ class Workload:
     def recipe(self, kind: str) -> list[str]:
         """Lines of Python that make every drawn argument."""
         lines: list[str] = []
-        earlier: dict[tuple[int | None, ...], str] = {}
+        earlier: dict[tuple[object, int], str] = {}
         for number, argument in enumerate(a for a in self.arguments if a.is_drawn):
-            alike = earlier.get(argument.dims) if argument.is_activation else None
+            alike = earlier.get((argument.dims, argument.each)) if argument.is_activation else None
             lines += argument.recipe(self.rows, self.seed + number, kind, alike)
             if argument.is_activation:
-                earlier[argument.dims] = argument.variable
+                earlier[argument.dims, argument.each] = argument.variable
         return lines
 
     def prepare(self, kind: str, index: torch.Tensor) -> dict[str, Any]:
