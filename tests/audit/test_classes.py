@@ -2,7 +2,7 @@
 
 import pytest
 
-from batchproof.audit.classes import bisect_changes, describe, modulus, sizes_to_try
+from batchproof.audit.op.classes import bisect_changes, describe, modulus, sizes_to_try
 
 
 def classes(function, largest=4096):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from batchproof.audit.inputs import KINDS, parse
-from batchproof.audit.workload import Workload
+from batchproof.audit.op.inputs import KINDS, parse
+from batchproof.audit.op.workload import Workload
 from batchproof.errors import ArgumentError
 
 

@@ -17,7 +17,7 @@ __all__ = ["differing", "launches"]
 
 
 def launches(call: Callable[[], object], device: torch.device) -> tuple[Launch, ...]:
-    """The kernels of one call in order; on a CPU the innermost aten ops, which have no grid.
+    """The kernels of one call in order; on a CPU the aten ops that it calls itself, which have no grid.
 
     Args:
         call: what to profile. It is called twice: what it compiles or chooses at first is not in the trace.
@@ -28,7 +28,7 @@ def launches(call: Callable[[], object], device: torch.device) -> tuple[Launch, 
         with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
             call()
         events: Any = seen.events()
-        return tuple(Launch(event.name) for event in events if "::" in event.name and not event.cpu_children)
+        return tuple(Launch(event.name) for event in events if "::" in event.name and event.cpu_parent is None)
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
         call()

@@ -170,7 +170,9 @@ def _audit_model(options: argparse.Namespace) -> int:
         model, _ = load_stock(options.model, options.device, options.dtype)
         if options.make_invariant:
             make_invariant(model)
-        more = {"batch_sizes": _numbers("batch-sizes", options.batch_sizes)} if options.batch_sizes else {}
+        more: dict[str, Any] = {}
+        if options.batch_sizes:
+            more["batch_sizes"] = _numbers("batch-sizes", options.batch_sizes)
         report = audit_model(model, require=options.require, seed=options.seed, progress=progress, **more)
     return _finish(report, options)
 

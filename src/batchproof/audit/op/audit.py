@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError
-from ..registry import OpSpec
+from ...errors import ArgumentError
+from ...registry import OpSpec
+from ..launches import differing, launches
+from ..report import HOLDS, NOT_EXERCISED, VARIES, Check, Difference, Launch, Report, Series, describe_environment
 from .capture import eager_and_captured
 from .classes import bisect_changes, describe, sizes_to_try
 from .inputs import parse
-from .launches import differing, launches
-from .report import HOLDS, NOT_EXERCISED, VARIES, Check, Difference, Launch, Report, Series, describe_environment
 from .reproduce import Side, name_of, reproduce
 from .workload import LAYOUTS, Company, Result, SpecWorkload, Workload
 
@@ -50,7 +50,7 @@ def audit_op(
 
     Args:
         function: any callable of tensors, or an ``OpSpec`` of batchproof's, which brings its own arguments.
-        arguments: by name or by place, in the notation of ``batchproof.audit.inputs``: ``"randn[M,4096]:bf16"`` has a
+        arguments: by name or by place, in the notation of ``inputs``: ``"randn[M,4096]:bf16"`` has a
             row a request, ``"randn[4096]:bf16"`` is shared, ``1e-6`` is itself.
         rows: requests in all, and the largest batch; default 4096 on a GPU, 1024 on a CPU.
         device: default: the GPU if there is one.

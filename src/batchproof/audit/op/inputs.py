@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError
+from ...errors import ArgumentError
 
 __all__ = ["KINDS", "Argument", "parse", "poison"]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError
-from ..registry import OpSpec
-from .compare import difference
+from ...errors import ArgumentError
+from ...registry import OpSpec
+from ..compare import difference
+from ..report import Difference
 from .inputs import KINDS, Argument
-from .report import Difference
 
 __all__ = ["LAYOUTS", "Batched", "Company", "Output", "Result", "SpecWorkload", "Workload"]
 
