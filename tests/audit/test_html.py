@@ -16,6 +16,7 @@ from batchproof.audit.report import Check, Difference, Launch, Report, Series
 
 KERNEL = "void vllm::fused_add_rms_norm_kernel<c10::BFloat16, 8>"
 HOSTILE = "</script><script>alert(1)</script><!--\"'& \u202e\ud800\x00 漢字 " + "kernel<" * 40
+NAMES = tuple(f"model.layers.{i}.self_attn.o_proj" for i in range(100))
 VOID = {"meta"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -74,7 +75,8 @@ def big_report():
         Series("one zero", "spread", "layer", "ulp", ("a",), (0,)),
         Series("from zero", "classes", "M", "class", (0, 3, 300), (0, 1, 1)),
         Series("no power of two", "classes", "M", "class", (300, 400), (0, 1)),
-        Series("names", "spread", "", "", tuple(f"model.layers.{i}.self_attn.o_proj" for i in range(100)), many[:100]),
+        Series("names", "spread", "", "", NAMES, many[:100]),
+        Series("at the end", "spread", "", "", NAMES, (0,) * 99 + (1,)),
         Series("extremes", "spread", "layer", "ulp", (1, 2, 3), (5e-324, 1.0, 1.7e308)),
         Series("smallest", "spread", "layer", "ulp", (1,), (5e-324,)),
         Series("nothing", "spread", "layer", "ulp", ("a", "b"), (None, None)),
@@ -121,9 +123,6 @@ class Reader(HTMLParser):
         elif self.open[-1:] != ["style"]:
             self.words.append(data)
 
-    def count(self, tag):
-        return sum(name == tag for name, _ in self.elements)
-
     @property
     def text(self):
         return " ".join(" ".join(self.words).split())
@@ -148,10 +147,10 @@ def test_every_page_is_well_formed(page):
     ids = [attributes["id"] for _, attributes in reader.elements if "id" in attributes]
     assert len(set(ids)) == len(ids)
     levels = [int(tag[1]) for tag, _ in reader.elements if re.fullmatch("h[1-6]", tag)]
-    assert levels[0] == 1
     assert all(after - before <= 1 for before, after in pairwise(levels))
-    assert levels.count(1) == 1
+    assert (levels[0], levels.count(1)) == (1, 1)
     assert ("html", {"lang": "en"}) in reader.elements
+    assert any("width=device-width" in attributes.get("content", "") for _, attributes in reader.elements)
 
 
 def test_nothing_is_loaded_or_run(page):
@@ -180,8 +179,7 @@ def test_hostile_text_stays_text():
     assert "\u202e" not in page
     visible = "</script><script>alert(1)</script><!--\"'& \ufffd\ufffd\ufffd 漢字 " + "kernel<" * 40
     assert reader.text.count(visible) >= 18
-    assert reader.count("script") == 1
-    assert {tag for tag, _ in reader.elements}.isdisjoint({"kernel", "i", "b"})
+    assert [tag for tag, _ in reader.elements].count("script") == 1
 
 
 def test_the_cause_is_told_in_words():
@@ -195,6 +193,7 @@ def test_the_cause_is_told_in_words():
     assert "Expected -0 Found 0.48046875 Largest distance 1 ulp Largest difference 0.0078125" in text
     assert "graph: needs CUDA" in text
     assert "norm: compiled" in text
+    assert 'Environment device NVIDIA H200 Settings largest 4096 arguments {"x": "randn[M,4096]"}' in text
     assert "graph (required)" in text
     assert "The others" not in text
     assert "The others" in Reader(render_html(model_report())).text
@@ -244,8 +243,7 @@ def test_sizes_are_placed_by_their_logarithm():
     (plot,) = plots(render_html(plot_report(Series("t", "classes", "M", "c", (4, 1, 2, 8), (0,) * 4))))
     places = [float(dot.get("cx")) for dot in plot.findall("circle")]
     steps = [b - a for a, b in pairwise(places)]
-    assert steps == pytest.approx([steps[0]] * 3, abs=0.2)
-    assert steps[0] > 0
+    assert steps == pytest.approx([(720 - 90 - 24) / 3] * 3, abs=0.2)
 
 
 def test_thousands_of_points_are_thinned_and_no_change_of_class_is_lost():
@@ -258,17 +256,17 @@ def test_thousands_of_points_are_thinned_and_no_change_of_class_is_lost():
     assert {"from 2501", "from 4000"} & set(shown(late))
     assert len(tips(plots(page)[1], "circle")) == 1200
     assert len(spread.findall("circle")) < 1500
-    assert "filled" in page.lower()
+    assert sum(mark.get("class") == "hole" for mark in spread.findall("rect")) == 6
 
 
 def test_a_spread_has_gaps_zeros_and_decades():
     (plot,) = plots(render_html(model_report()))
     assert "first at model.layers.5" in shown(plot)
-    assert {"0", "1e-3", "difference", "module"} <= set(shown(plot))
+    assert {"0", "3", "1e-3", "difference", "module"} <= set(shown(plot))
     zeros = [mark for mark in plot.findall("circle") if mark.get("class") == "zero"]
     assert len(zeros) == 5
-    base = {float(mark.get("cy")) for mark in zeros}
-    (base,) = base
+    (base,) = {float(mark.get("cy")) for mark in zeros}
+    assert f"M90.0 {base}H720.0" in [path.get("d") for path in plot.findall("path") if path.get("class") == "base"]
     others = [float(mark.get("cy")) for mark in plot.findall("circle") if mark.get("class") != "zero"]
     assert max(others) < base
     assert others == sorted(others, reverse=True)
@@ -277,6 +275,13 @@ def test_a_spread_has_gaps_zeros_and_decades():
     (line,) = (path.get("d") for path in plot.findall("path") if path.get("class") == "path")
     assert line.count("M") == 2, "the line is not broken where nothing was observed"
     assert f"logits: {2.0**-8}" in tips(plot, "circle")
+
+
+def test_names_keep_the_part_that_tells_them_apart():
+    first, last = plots(render_html(big_report()))[8:10]
+    assert "0.self_attn…" in shown(first)
+    assert "first at model.layers.0.self_attn.o_proj" in shown(first)
+    assert "first at model.layers.99.self_attn.o_proj" in shown(last)
 
 
 def test_a_spread_of_two_decades_or_less_is_linear():
@@ -376,7 +381,7 @@ def test_in_a_browser_the_text_is_there(measured):
 
 def test_in_a_browser_every_plot_is_seen_whole(measured):
     found, _ = measured
-    assert [len(found[f"{name} 375"]["plots"]) for name in REPORTS] == [1, 1, 2, 11, 0, 0, 0]
+    assert [len(found[f"{name} 375"]["plots"]) for name in REPORTS] == [1, 1, 2, 12, 0, 0, 0]
     assert all(size > 50 for at in found.values() for size in at["plots"])
     assert {name: at["outside"] for name, at in found.items() if at["outside"]} == {}
 
