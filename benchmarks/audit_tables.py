@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from batchproof.audit.launches import explain
+from batchproof.audit.report import Launch
 
 PATH = "h200/what_varies.json"
 # Relations of the batch: what is said of a row if they vary. A layout is the row's own.
@@ -22,7 +24,7 @@ Result = Mapping[str, Any]
 
 def what_varies(result: Result, path: str = PATH) -> str:
     """A table for every library, those of the most varying ops first, and how they were audited."""
-    parts = [_summary(result), ""]
+    parts = [counts(result), ""]
     for library in dict.fromkeys(row["library"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["library"] == library]
         parts += [f"### {library}", "", "| op | bit classes of M | the bits vary | cause |", "|---|---|---|---|"]
@@ -35,7 +37,32 @@ def what_varies(result: Result, path: str = PATH) -> str:
     return "\n".join(parts)
 
 
-def _summary(result: Result) -> str:
+LIBRARIES = {
+    "torch": "torch", "torch.compile": "torch, compiled", "vLLM": "vLLM", "vLLM, VLLM_BATCH_INVARIANT=1": "vLLM's mode",
+    "vLLM batch-invariant set": "vLLM's batch-invariant ops", "vLLM samplers": "vLLM's samplers",
+    "FlashInfer": "FlashInfer", "Liger": "Liger", "batchproof": "batchproof",
+}  # fmt: skip
+
+
+def summary(result: Result, path: str = PATH) -> str:
+    """A line for every library: which of its ops vary with the batch, and from which size on."""
+    lines = ["| ops of | audited | vary with the batch, from a batch of |", "|---|---|---|"]
+    for library, name in LIBRARIES.items():
+        rows = [row for row in result["rows"] if row["library"] == library and row["verdict"] != "not audited"]
+        found = [f"{row['op']} {_from(row['cause'])}" for row in rows if varies_with_batch(row)]
+        lines.append(f"| {name} | {len(rows)} | {', '.join(found) or 'none'} |")
+    return "\n".join(
+        [*lines, "", f"{result['device']}, torch {result['torch']}; what and why: [what varies](docs/what_varies.md) "
+         f"(`benchmarks/results/{path}`)."]
+    )  # fmt: skip
+
+
+def _from(cause: Result) -> str:
+    return "(from run to run)" if cause["relation"] == "repeat" else str(cause["threshold"])
+
+
+def counts(result: Result) -> str:
+    """How many ops vary, others' and batchproof's."""
     audited = [row for row in result["rows"] if row["verdict"] != "not audited"]
     ours = [row for row in audited if row["library"] == "batchproof"]
     others = [row for row in audited if row["library"] != "batchproof"]
@@ -73,39 +100,10 @@ def _line(row: Result) -> str:
 def _cause(cause: Result) -> str:
     """What differs between the launches on either side, or what was seen."""
     if cause["relation"] == "batch size" and cause["launches"]:
-        before, after = cause["launches"]
-        return _changed(before, after)
+        before, after = ([Launch(**launch) for launch in side] for side in cause["launches"])
+        return f"`{explain(before, after)}`"
     differs = cause["difference"]
     return f"{cause['detail']} ({differs['elements']} of {differs['of']} elements)" if differs else cause["detail"]
-
-
-def _changed(before: Sequence[Result], after: Sequence[Result]) -> str:
-    if not before and not after:
-        return "the same launches"
-    names = [[_short(launch["kernel"]) for launch in side] for side in (before, after)]
-    if names[0] != names[1]:
-        return (
-            f"`{', '.join(dict.fromkeys(names[0])) or 'none'}` becomes `{', '.join(dict.fromkeys(names[1])) or 'none'}`"
-        )
-    for was, now in zip(before, after, strict=True):
-        for what in ("block", "shared_bytes"):
-            if was[what] != now[what]:
-                return f"`{_short(was['kernel'])}`: {what.replace('_', ' ')} {_by(was[what])} becomes {_by(now[what])}"
-    return "; ".join(
-        f"`{_short(was['kernel'])}`: grid {_by(was['grid'])} becomes {_by(now['grid'])}"
-        for was, now in zip(before, after, strict=True)
-        if was["grid"] != now["grid"]
-    )
-
-
-def _short(kernel: str) -> str:
-    """A kernel's name without its return type, template arguments and parameters."""
-    name = re.sub(r"^(void|std::enable_if<.*?>::type) ", "", kernel)
-    return re.split(r"[<(]", name)[0].split("::")[-1]
-
-
-def _by(size: Any) -> str:
-    return "x".join(map(str, size)) if isinstance(size, list) else str(size)
 
 
 def _cell(text: str) -> str:

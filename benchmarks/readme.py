@@ -120,7 +120,9 @@ def pages() -> dict[Path, Blocks]:
         "vllm exactness h200": lambda: vllm_tables.exactness_table(exactness, every=True),
         "vllm kernels h200": lambda: vllm_tables.kernels_table(latency),
     }
-    audits = {"what varies h200": lambda: audit_tables.what_varies(load(audit_tables.PATH))}
+    audited = load(audit_tables.PATH)
+    blocks["what varies summary h200"] = lambda: audit_tables.summary(audited)
+    audits = {"what varies h200": lambda: audit_tables.what_varies(audited)}
     return {
         README: blocks,
         WHAT_VARIES: audits,

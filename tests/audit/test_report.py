@@ -67,8 +67,8 @@ def test_gaps_are_what_was_skipped_and_what_was_required_but_unknown():
     report = Report("op", "x", (HOLDS, SKIPPED), required=("b", "a", HOLDS.relation))
     assert report.gaps == (
         "that not exercised: seen",
-        "a: required, and no relation of this audit",
-        "b: required, and no relation of this audit",
+        "a: required, and was not looked at",
+        "b: required, and was not looked at",
     )
 
 
@@ -113,10 +113,17 @@ def test_another_schema_is_refused(text, seen):
         Report.from_json(text)
 
 
-def test_json_has_no_numbers_that_json_has_not():
-    series = Series("t", "spread", "x", "y", (1,), (float("nan"),))
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        Report("op", "x", series=(series,)).to_json()
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("t", "curve", "x", "y", (1,), (1.0,)), "kind of a series is 'curve'"),
+        (("t", "spread", "x", "y", (1, 2), (1.0,)), "2 x and 1 y"),
+        (("t", "spread", "x", "y", (1,), (float("nan"),)), "the value nan, want finite"),
+    ],
+)
+def test_a_series_can_be_drawn_and_written(given, message):
+    with pytest.raises(ArgumentError, match=message):
+        Series(*given)
 
 
 def test_the_text_says_the_verdict_first_and_everything_after():
@@ -141,7 +148,7 @@ relations
 
 not covered by this verdict
   graph: needs CUDA
-  chunking: required, and no relation of this audit
+  chunking: required, and was not looked at
 
 not observed
   norm: compiled

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .report import Launch
+from .report import Launch, by
 
-__all__ = ["differing", "launches"]
+__all__ = ["differing", "explain", "launches"]
 
 
 def launches(call: Callable[[], object], device: torch.device) -> tuple[Launch, ...]:
@@ -42,6 +43,33 @@ def differing(before: tuple[Launch, ...], after: tuple[Launch, ...]) -> tuple[tu
     first = next((i for i in range(shorter) if before[i] != after[i]), shorter)
     last = next((i for i in range(shorter - first) if before[-1 - i] != after[-1 - i]), shorter - first)
     return before[first : len(before) - last], after[first : len(after) - last]
+
+
+def explain(before: Sequence[Launch], after: Sequence[Launch]) -> str:
+    """What changes from launches to others, in few words: kernels, else blocks, else grids."""
+    if list(before) == list(after):
+        return "the same kernels are launched, with the same grids and blocks"
+    names = [[_short(launch.kernel) for launch in side] for side in (before, after)]
+    if names[0] != names[1]:
+        old, new = (", ".join(dict.fromkeys(side)) or "none" for side in names)
+        return f"{old} becomes {new}"
+    pairs = list(zip(before, after, strict=True))
+    for was, now in pairs:
+        if was.block != now.block:
+            return f"{_short(was.kernel)}: block {by(was.block)} becomes {by(now.block)}"
+        if was.shared_bytes != now.shared_bytes:
+            return f"{_short(was.kernel)}: {was.shared_bytes} bytes of shared memory become {now.shared_bytes}"
+    if any(was.grid != now.grid for was, now in pairs):
+        return "; ".join(
+            f"{_short(w.kernel)}: grid {by(w.grid)} becomes {by(n.grid)}" for w, n in pairs if w.grid != n.grid
+        )
+    return "kernels of one name and other template arguments"
+
+
+def _short(kernel: str) -> str:
+    """A kernel's name without return type, namespaces, template arguments and parameters."""
+    name = re.sub(r"^(void|std::enable_if<.*?>::type) ", "", kernel)
+    return re.split(r"[<(]", name)[0].split("::")[-1]
 
 
 def _kernels(seen: Any) -> tuple[Launch, ...]:

@@ -7,6 +7,7 @@ One structure for all three targets (op, model, server), so that text, JSON and 
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ import torch
 from .._version import __version__
 from ..errors import ArgumentError
 
-__all__ = ["SCHEMA", "Check", "Difference", "Launch", "Report", "Series", "describe_environment"]
+__all__ = ["SCHEMA", "Check", "Difference", "Launch", "Report", "Series", "by", "describe_environment"]
 
 SCHEMA = "batchproof.audit/1"
 HOLDS, VARIES, NOT_EXERCISED = "holds", "varies", "not exercised"
@@ -42,7 +43,7 @@ class Launch:
     shared_bytes: int = 0
 
     def __str__(self) -> str:
-        shape = f" grid {_by(self.grid)} block {_by(self.block)}" if self.grid else ""
+        shape = f" grid {by(self.grid)} block {by(self.block)}" if self.grid else ""
         return f"{self.kernel}{shape}" + (f" shared {self.shared_bytes} B" if self.shared_bytes else "")
 
 
@@ -128,6 +129,15 @@ class Series:
     x: tuple[float | str, ...]
     y: tuple[float | None, ...]
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("classes", "spread"):
+            raise ArgumentError(f"kind of a series is {self.kind!r}, want 'classes' or 'spread'")
+        if len(self.x) != len(self.y):
+            raise ArgumentError(f"a series has {len(self.x)} x and {len(self.y)} y, want as many")
+        infinite = [value for value in self.y if value is not None and not math.isfinite(value)]
+        if infinite:
+            raise ArgumentError(f"a series has the value {infinite[0]}, want finite numbers, or None for not measured")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -184,7 +194,7 @@ class Report:
         """What the verdict does not cover, one sentence each."""
         skipped = [f"{c.relation}: {c.detail}" for c in self.checks if c.verdict == NOT_EXERCISED]
         absent = set(self.required) - {check.relation for check in self.checks}
-        return (*skipped, *(f"{name}: required, and no relation of this audit" for name in sorted(absent)))
+        return (*skipped, *(f"{name}: required, and was not looked at" for name in sorted(absent)))
 
     def to_json(self) -> str:
         """JSON, with the schema and the verdict in it."""
@@ -265,5 +275,6 @@ def _launch(data: dict[str, Any]) -> Launch:
     return Launch(**data | {"grid": tuple(data["grid"]), "block": tuple(data["block"])})
 
 
-def _by(sizes: Sequence[int]) -> str:
+def by(sizes: Sequence[int]) -> str:
+    """Such as 132x1x1."""
     return "x".join(str(size) for size in sizes)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -122,7 +123,7 @@ def resolve(text: str) -> Any:
             raise ArgumentError(f"function is {text!r}, but {place} has no {name}")
         found = getattr(found, part)
     if not callable(found):
-        raise ArgumentError(f"function is {text!r}, a {type(found).__name__}, want something that can be called")
+        raise ArgumentError(f"function is {text!r}, of type {type(found).__name__}, want something that can be called")
     return found
 
 
@@ -242,6 +243,7 @@ def _numbers(option: str, text: str) -> list[int]:
 @contextlib.contextmanager
 def _reporting(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar, where there is a terminal and tqdm; what audited code prints goes to stderr."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler tells of every start
     try:
         from tqdm import tqdm
     except ImportError:

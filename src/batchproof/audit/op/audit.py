@@ -18,7 +18,7 @@ import torch
 
 from ...errors import ArgumentError
 from ...registry import OpSpec
-from ..launches import differing, launches
+from ..launches import differing, explain, launches
 from ..report import HOLDS, NOT_EXERCISED, VARIES, Check, Difference, Launch, Report, Series, describe_environment
 from .capture import eager_and_captured
 from .classes import bisect_changes, describe, sizes_to_try
@@ -228,7 +228,7 @@ class _Audit:
         fewest = next(size for size in tried if self.classes[size] == self.classes[before])
         self._reproduce(kind, Side(self._tile(row, fewest)), Side(self._tile(row, after)))
         kernels = differing(self._launches(before), self._launches(after))
-        detail = f"{kind} inputs: {before} and {after} rows give other bits; {_explain(*kernels)}"
+        detail = f"{kind} inputs: {before} and {after} rows give other bits; {explain(*kernels)}"
         return Check("batch size", VARIES, cases, detail, after, "rows", self.name, None, differs, kernels)
 
     def _between(self, before: int, after: int) -> tuple[str, Difference]:
@@ -404,12 +404,6 @@ def _processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return torch.get_num_threads()
-
-
-def _explain(before: Sequence[Launch], after: Sequence[Launch]) -> str:
-    if not before and not after:
-        return "the same kernels, grids and blocks are launched"
-    return f"{'; '.join(map(str, before)) or 'nothing'} -> {'; '.join(map(str, after)) or 'nothing'}"
 
 
 def _items(arguments: Mapping[str, Any] | Sequence[Any]) -> list[tuple[Any, Any]]:

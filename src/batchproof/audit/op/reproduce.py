@@ -16,6 +16,9 @@ from .workload import LAYOUTS, Output, Workload
 __all__ = ["Side", "name_of", "reproduce"]
 
 
+_SAID = "bytes that differ:"
+
+
 @dataclass(frozen=True)
 class Side:
     """One of two batches: its rows in order; ``fill`` in all places but ``kept``; another layout."""
@@ -52,7 +55,7 @@ def reproduce(workload: Workload, name: str, kind: str, first: Side, second: Sid
         "for x, y in zip(a, b):",
         "    x, y = (t[[rows.index(r) for r in both]].contiguous().view(torch.uint8) for t, rows in ((x, a_rows), "
         "(y, b_rows)))",
-        '    print("bytes that differ:", int((x != y).sum()), "of", x.numel())',
+        f'    print("{_SAID}", int((x != y).sum()), "of", x.numel())',
     ]  # fmt: skip
     printed = _run("\n".join(program), workload.function)
     if not any(int(line.split(":")[1].split()[0]) for line in printed):
@@ -145,4 +148,4 @@ def _run(program: str, function: Callable[..., Any]) -> list[str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(program, {"function": function})
-    return printed.getvalue().splitlines()
+    return [line for line in printed.getvalue().splitlines() if line.startswith(_SAID)]  # the function may print too
