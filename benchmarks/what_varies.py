@@ -67,7 +67,7 @@ OURS = (
     "rms_norm_per_block_quant", "add_rms_norm_static_fp8_quant", "add_rms_norm_dynamic_per_token_quant",
     "add_rms_norm_per_block_quant", "rms_norm_gated", "rms_norm_backward", "layer_norm", "linear", "paged_attention",
     "softmax", "log_softmax", "mean", "silu", "silu_and_mul", "gelu_tanh", "gelu_tanh_and_mul", "rope", "sample",
-    "gumbel_noise", "argmax",
+    "gumbel_noise", "argmax", "scaled_mm",
 )  # fmt: skip
 OUR_PRODUCTS = {
     "mm": (ROW, "randn[4096,4096]:bf16"),

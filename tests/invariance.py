@@ -54,15 +54,21 @@ def activations(inputs: Inputs, spec: OpSpec) -> list[str]:
     return [name for name in spec.batch_axes if inputs[name].is_floating_point() and inputs[name].dim() > 1]
 
 
+def as_computed(x: torch.Tensor) -> torch.Tensor:
+    """A copy of ``x`` in a dtype that has arithmetic, which fp8 has not."""
+    return x.float() if x.element_size() == 1 else x.clone()
+
+
 def cancelling(inputs: Inputs, spec: OpSpec, generator: torch.Generator) -> Inputs:
     """The second half of every row undoes the first, but for a few ulps."""
     changed = dict(inputs)
     for name in activations(inputs, spec):
-        x = inputs[name].clone()
+        x = as_computed(inputs[name])
         half = x.shape[-1] // 2
         noise = torch.randint(-2, 3, x[..., :half].shape, generator=generator, device=x.device)
-        x[..., half : 2 * half] = -x[..., :half] * (1.0 + torch.finfo(x.dtype).eps * noise).to(x.dtype)
-        changed[name] = x
+        eps = torch.finfo(inputs[name].dtype).eps
+        x[..., half : 2 * half] = -x[..., :half] * (1.0 + eps * noise).to(x.dtype)
+        changed[name] = x.to(inputs[name].dtype)
     return changed
 
 
@@ -80,9 +86,9 @@ def with_neighbours(inputs: Inputs, spec: OpSpec, probes: torch.Tensor, value: f
     """``inputs`` with every activation of every request but ``probes`` replaced by ``value``."""
     changed = dict(inputs)
     for name in activations(inputs, spec):
-        axis, x = spec.batch_axes[name], inputs[name]
-        hostile = torch.full_like(x, value if math.isnan(value) or math.isinf(value) else _largest(x.dtype) * value)
-        changed[name] = hostile.index_copy(axis, probes, x.index_select(axis, probes))
+        axis, dtype, x = spec.batch_axes[name], inputs[name].dtype, as_computed(inputs[name])
+        hostile = torch.full_like(x, value if math.isnan(value) or math.isinf(value) else _largest(dtype) * value)
+        changed[name] = hostile.index_copy(axis, probes, x.index_select(axis, probes)).to(dtype)
     return changed
 
 
@@ -152,8 +158,9 @@ def odd_rows_violations(spec: OpSpec, inputs: Inputs, sizes: Sequence[int]) -> l
     odd = dict(inputs)
     for name in activations(inputs, spec):
         assert spec.batch_axes[name] == 0
-        x = odd[name] = inputs[name].clone()
-        x[0::3, ..., 0], x[1::3, ..., -1], x[2::3, ..., 1] = math.nan, math.inf, -math.nan
+        x = as_computed(inputs[name])
+        x[0::3, ..., 0], x[1::3, ..., -1], x[2::3, ..., 1 % x.shape[-1]] = math.nan, math.inf, -math.nan
+        odd[name] = x.to(inputs[name].dtype)
     full = spec.run_rows(odd)
     found: list[str] = []
     for size in sizes:
@@ -190,6 +197,9 @@ def scale_of(spec: OpSpec, inputs: Inputs, wanted: torch.Tensor) -> torch.Tensor
         return terms * torch.finfo(inputs["x"].dtype).eps
     if spec.name == "linear":
         return inputs["x"].double().abs() @ inputs["weight"].double().abs().t()
+    if spec.name == "scaled_mm":
+        a, b, scale_a, scale_b = (inputs[name].double() for name in ("a", "b", "scale_a", "scale_b"))
+        return (a.abs() @ b.abs()) * scale_a * scale_b
     if spec.name == "layer_norm":
         x, weight, bias = (inputs[name].double() for name in ("x", "weight", "bias"))
         return x.abs().amax(-1, keepdim=True) / x.std(-1, keepdim=True) * weight.abs() + bias.abs()

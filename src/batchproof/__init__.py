@@ -50,6 +50,7 @@ _HOMES = {
     "rope": "ops.rope",
     "rope_cos_sin": "ops.rope",
     "sample": "ops.sample",
+    "scaled_mm": "ops.scaled_mm",
     "silu": "ops.activation",
     "silu_and_mul": "ops.activation",
     "softmax": "ops.softmax",

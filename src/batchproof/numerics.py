@@ -11,7 +11,7 @@ import torch
 
 from .errors import ArgumentError
 
-__all__ = ["TOLERANCES", "Tolerance", "as_bits", "bits_equal", "first_mismatch", "ulp_distance"]
+__all__ = ["TOLERANCES", "Tolerance", "as_bits", "bits_equal", "first_mismatch", "indexable", "ulp_distance"]
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -51,6 +51,11 @@ TOLERANCES: dict[str, Tolerance] = {
     "linear": Tolerance(
         ulp=1, atol=2.0**-20, reason="operand rounding on the CPU, fp32 sums on GPUs: atol in units of K max|x| max|w|"
     ),
+    "scaled_mm": Tolerance(
+        ulp=1,
+        atol=2.0**-12,
+        reason="tensor cores keep 14 bits of an fp8 sum over 128 of k: in units of the sum of |a| |b| and the scales",
+    ),
     "attention": Tolerance(
         atol=2.0**-7, reason="probabilities are rounded to the value dtype before the second product"
     ),
@@ -69,6 +74,11 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype.is_complex:
         raise ArgumentError(f"as_bits takes real tensors, got {tensor.dtype}")
     return tensor.contiguous().view(_BITS[tensor.element_size()])
+
+
+def indexable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same storage in a dtype that every device can index, which fp8 is not everywhere; for fp8 its bytes."""
+    return tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .errors import ArgumentError
+from .numerics import indexable
 
 __all__ = ["OpSpec", "all_specs", "get_spec", "register_spec"]
 
@@ -54,7 +55,9 @@ class OpSpec:
             return self.select_inputs(inputs, index)
         chosen = dict(inputs)
         for argument, axis in self.batch_axes.items():
-            chosen[argument] = inputs[argument].index_select(axis, index.to(inputs[argument].device))
+            tensor = inputs[argument]
+            rows = indexable(tensor).index_select(axis, index.to(tensor.device))
+            chosen[argument] = rows.view(tensor.dtype)
         return chosen
 
     def run(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:

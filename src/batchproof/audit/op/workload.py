@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...errors import ArgumentError
+from ...numerics import indexable
 from ...registry import OpSpec
 from ..compare import difference
 from ..report import Difference
@@ -183,10 +184,10 @@ class Workload:
             if company.kept is not None:
                 index, outputs = (
                     index[company.kept],
-                    [(name, _bytes(t)[company.kept].view(t.dtype)) for name, t in outputs],
+                    [(name, indexable(t)[company.kept].view(t.dtype)) for name, t in outputs],
                 )
             for (_, every_row), (_, part) in zip(whole, outputs, strict=True):
-                _bytes(every_row).index_copy_(0, index, _bytes(part).contiguous())
+                indexable(every_row).index_copy_(0, index, indexable(part).contiguous())
             places.append(index)
         seen = torch.zeros(rows, dtype=torch.bool, device=self.device)
         seen[torch.cat(places)] = True
@@ -278,7 +279,7 @@ class SpecWorkload(Workload):
 
 def _take(tensor: torch.Tensor, axis: int, each: int, index: torch.Tensor) -> torch.Tensor:
     """The rows of requests, in a fresh tensor."""
-    raw = _bytes(tensor)
+    raw = indexable(tensor)
     if each == 1:
         return raw.index_select(axis, index).view(tensor.dtype)
     parted: torch.Tensor = raw.unflatten(axis, (-1, each))
@@ -292,18 +293,13 @@ def _rows_first(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
     return parted.movedim(axis, 0)
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """fp8 has no indexing everywhere; its bytes have."""
-    return tensor.view(torch.uint8) if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
-
-
 def _fill(tensor: torch.Tensor, batched: Batched, value: float, places: torch.Tensor) -> None:
     """``value`` (inf and the largest as the dtype has them) in all rows of some requests, in place."""
     largest = torch.finfo(tensor.dtype).max
     filled = torch.tensor(value if not math.isfinite(value) else max(-largest, min(largest, value))).to(tensor.dtype)
     rows = places.repeat_interleave(batched.each)
-    view = _bytes(tensor).movedim(batched.axis, 0)
-    view[rows] = _bytes(filled.view(1)).to(tensor.device)[0]
+    view = indexable(tensor).movedim(batched.axis, 0)
+    view[rows] = indexable(filled.view(1)).to(tensor.device)[0]
 
 
 def _flat(value: Any) -> list[Any]:
