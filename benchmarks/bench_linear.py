@@ -1,0 +1,244 @@
+"""Linear layers against other libraries' at the shapes of known models: fp8 and bf16, every number of tokens.
+
+Weights are read from memory: the sets a graph goes over exceed the L2 cache twice, and each has a weight of its own.
+vLLM's CUTLASS product reads VLLM_BATCH_INVARIANT once a process: run it both ways, with --out, for both its modes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import batchproof
+import timing
+from batchproof.numerics import first_mismatch
+from batchproof.ops._quantize import quantize_static_fp8_reference
+from batchproof.ops.scaled_mm import scaled_mm_reference
+from errors import Refused
+from tables import OURS, best_peer
+
+Product = Callable[[Any], torch.Tensor]
+
+# By model and tensor-parallel size: N x K of a layer's products, as vLLM merges them.
+MODELS = {
+    "Llama-8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
+    "Llama-8B TP4": ((1536, 4096), (4096, 1024), (7168, 4096), (4096, 3584)),
+    "Llama-70B TP4": ((2560, 8192), (8192, 2048), (14336, 8192), (8192, 7168)),
+    "Llama-70B TP8": ((1280, 8192), (8192, 1024), (7168, 8192), (8192, 3584)),
+    "Qwen3-8B": ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)),
+    "Qwen3-32B TP4": ((2560, 5120), (5120, 2048), (12800, 5120), (5120, 6400)),
+    "Llama-8B lm_head": ((128256, 4096),),
+}
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+FORMATS = ("fp8", "fp8 per token", "fp8 blocks", "bf16")
+ROUNDS = 10
+ERROR = 0.05  # of the norm of the output: a peer that is further off computes something else
+BLOCK = 128
+
+
+@dataclass
+class Operands:
+    """One product's tensors: a [M, K], the weight [N, K], and for fp8 their scales."""
+
+    a: torch.Tensor
+    weight: torch.Tensor
+    scale_a: torch.Tensor | None = None
+    scale_b: torch.Tensor | None = None
+
+    @property
+    def b(self) -> torch.Tensor:
+        """[K, N], as products take it."""
+        return self.weight.t()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that narrow the benchmark."""
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["Llama-8B"], metavar="MODEL",
+                        help=f"default: Llama-8B; of {', '.join(MODELS)}")  # fmt: skip
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp8", "bf16"], metavar="FORMAT",
+                        help=f"default: fp8, bf16; of {', '.join(FORMATS)}")  # fmt: skip
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="M")
+    parser.add_argument("--shapes", nargs="+", metavar="NxK", help="instead of a model's")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Gate and race every format, shape and number of tokens; the result file's contents."""
+    shapes = {name: MODELS[name] for name in options.models}
+    if options.shapes:
+        shapes = {"shapes": tuple(_shape(text) for text in options.shapes)}
+    device = "cuda" if timing.has_gpu() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    with timing.side_stream(), torch.no_grad():
+        copy_gbps = timing.copy_gbps()
+        cases = [(f, model, n, k) for f in options.formats for model, found in shapes.items() for n, k in found]
+        for form, model, n, k in tqdm(cases, "race", unit="matrix"):
+            products, missing = contenders(form)
+            _gate(form, n, k, max(options.tokens), generator)
+            for m in options.tokens:
+                rows.append(_race(form, model, m, n, k, products, missing, copy_gbps, options.rounds, generator))
+    result = {
+        "how": __doc__, "copy_gbps": round(copy_gbps, 1), "rounds": options.rounds,
+        "vllm_batch_invariant": os.environ.get("VLLM_BATCH_INVARIANT", "0"), "rows": rows,
+    }  # fmt: skip
+    print(report(rows))
+    return result
+
+
+def operands(form: str, m: int, n: int, k: int, generator: torch.Generator) -> Operands:
+    """Random operands of a format: activations of unit size, weights of a size that keeps the output so."""
+    device = generator.device
+    a = torch.randn(m, k, generator=generator, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(n, k, generator=generator, device=device, dtype=torch.bfloat16) * k**-0.5
+    if form == "bf16":
+        return Operands(a, weight)
+    one_a, one_b = (torch.full((1,), scale, device=device) for scale in (0.02, 0.02 * k**-0.5))
+    a, weight = quantize_static_fp8_reference(a, one_a), quantize_static_fp8_reference(weight, one_b)
+    scales = {
+        "fp8": (one_a, one_b),
+        "fp8 per token": (one_a.expand(m, 1).contiguous(), one_b.expand(1, n).contiguous()),
+        "fp8 blocks": (one_a.expand(m, k // BLOCK).contiguous(), one_b.expand(k // BLOCK, n // BLOCK).contiguous()),
+    }
+    return Operands(a, weight, *scales[form])
+
+
+def contenders(form: str) -> tuple[dict[str, Product], dict[str, str]]:
+    """Ours and the peers of a format; why those that are missing are."""
+    if form == "bf16":
+        loaders: dict[str, Callable[[], Product]] = {
+            OURS: lambda: lambda o: batchproof.linear(o.a, o.weight),
+            "torch": lambda: lambda o: torch.mm(o.a, o.b),
+            "vLLM batch-invariant": _vllm_persistent,
+        }
+    else:
+        loaders = {OURS: lambda: lambda o: batchproof.scaled_mm(o.a, o.b, o.scale_a, o.scale_b)}
+        if form != "fp8 blocks":
+            loaders |= {"torch": _torch_scaled_mm, "vLLM CUTLASS": _vllm_cutlass}
+        else:
+            loaders["DeepGEMM"] = _deep_gemm
+    found: dict[str, Product] = {}
+    missing: dict[str, str] = {}
+    for name, load in loaders.items():
+        try:
+            found[name] = load()
+        except Exception as error:
+            missing[name] = timing.reason(error)
+    return found, missing
+
+
+def _torch_scaled_mm() -> Product:
+    return lambda o: torch._scaled_mm(o.a, o.b, scale_a=o.scale_a, scale_b=o.scale_b, out_dtype=torch.bfloat16)
+
+
+def _vllm_cutlass() -> Product:
+    ops = importlib.import_module("vllm._custom_ops")
+    return lambda o: ops.cutlass_scaled_mm(o.a, o.b, o.scale_a, o.scale_b, torch.bfloat16)
+
+
+def _vllm_persistent() -> Product:
+    invariant = importlib.import_module("vllm.model_executor.layers.batch_invariant")
+    return lambda o: invariant.matmul_persistent(o.a, o.b)
+
+
+def _deep_gemm() -> Product:
+    gemm = importlib.import_module("deep_gemm")
+
+    def product(o: Operands) -> torch.Tensor:
+        out = torch.empty(len(o.a), len(o.weight), dtype=torch.bfloat16, device=o.a.device)
+        gemm.fp8_gemm_nt((o.a, o.scale_a), (o.weight, o.scale_b.t().contiguous()), out)  # type: ignore[union-attr]
+        return out
+
+    return product
+
+
+def reference(o: Operands, rows: slice) -> torch.Tensor:
+    """Rows of the product in float64."""
+    if o.scale_a is None or o.scale_b is None:
+        return o.a[rows].double() @ o.b.double()
+    scale_a = o.scale_a[rows] if o.scale_a.numel() > 1 else o.scale_a
+    return scaled_mm_reference(o.a[rows], o.b, scale_a, o.scale_b, None, torch.float32).double()
+
+
+def _gate(form: str, n: int, k: int, most: int, generator: torch.Generator) -> None:
+    """Ours has one result for a row whatever the batch, near the reference; otherwise nothing is timed."""
+    o, product = operands(form, most, n, k, generator), contenders(form)[0][OURS]
+    whole = product(o)
+    first = slice(0, min(most, 32))
+    error = _distance(whole[first], reference(o, first))
+    if not error < ERROR / 5:
+        raise Refused(f"{form} {n}x{k}: ours is off by {error:.2g} of the norm")
+    for m in (size for size in (1, 2, 8, 15, 16, 17, 32, 33, 64, 65, 127, 128, 257, 1024) if size < most):
+        for rows in (slice(0, m), slice(most - m, most)):
+            scale_a = o.scale_a if o.scale_a is None or o.scale_a.numel() == 1 else o.scale_a[rows]
+            differs = first_mismatch(product(Operands(o.a[rows], o.weight, scale_a, o.scale_b)), whole[rows])
+            if differs:
+                raise Refused(f"{form} {n}x{k}: rows {rows} of {most} in a batch of {m}: {differs}")
+
+
+def _race(
+    form: str, model: str, m: int, n: int, k: int, products: Mapping[str, Product], missing: Mapping[str, str],
+    copy_gbps: float, rounds: int, generator: torch.Generator,
+) -> dict[str, Any]:  # fmt: skip
+    """Time every contender on one product; its row."""
+    width = 2 if form == "bf16" else 1
+    moved = width * (n * k + m * k) + 2 * m * n
+    count = timing.rotations(moved, timing.l2_bytes())["cold"]
+    timing.release_memory()
+    sets = [operands(form, m, n, k, generator) for _ in range(count)]
+    failed, errors, good = dict(missing), {}, {}
+    some = slice(0, min(m, 32))
+    wanted = reference(sets[0], some)
+    for name, product in products.items():
+        try:
+            errors[name] = _distance(product(sets[0])[some], wanted)
+        except Exception as error:
+            failed[name] = timing.reason(error)
+            continue
+        if errors[name] < ERROR:
+            good[name] = product
+        else:
+            failed[name] = f"its result is off by {errors[name]:.2g} of the norm"
+    prepared = {name: partial(partial, product) for name, product in good.items()}
+    times, more = timing.race(prepared, sets, timing.passes(count, moved), rounds)
+    return {
+        "format": form, "model": model, "tokens": m, "n": n, "k": k, "sets": count,
+        "floor_us": round(moved / copy_gbps / 1e3, 3), "missing": failed | more, "times": times,
+        "errors": {name: round(error, 8) for name, error in errors.items()},
+    }  # fmt: skip
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """A line a product, and the sums over a model's products."""
+    lines = [f"{'product':44} {'floor':>8} {'ours':>8} {'best':>8} ratio  best peer"]
+    sums: dict[tuple[str, str, int], list[float]] = {}
+    for row in rows:
+        ours, best = row["times"][OURS]["median_us"], best_peer(row["times"])
+        name = f"{row['format']} {row['tokens']} x {row['n']}x{row['k']}"
+        peer = f"{best[1]:8.2f} {ours / best[1]:5.2f}  {best[0]}" if best else ""
+        lines.append(f"{name:44} {row['floor_us']:8.2f} {ours:8.2f} {peer}")
+        total = sums.setdefault((row["format"], row["model"], row["tokens"]), [0.0, 0.0, 0.0])
+        for i, value in enumerate((row["floor_us"], ours, best[1] if best else 0.0)):
+            total[i] += value
+    for (form, model, tokens), (floor, ours, peers) in sums.items():
+        lines.append(f"{f'sum of {model}, {form}, {tokens}':44} {floor:8.2f} {ours:8.2f} {peers:8.2f}")
+    return "\n".join(lines)
+
+
+def _distance(out: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((out.double() - wanted).norm() / wanted.norm())
+
+
+def _shape(text: str) -> tuple[int, int]:
+    sizes = text.split("x")
+    if len(sizes) != 2 or not all(size.isdigit() and int(size) for size in sizes):
+        raise Refused(f"--shapes has {text!r}, want NxK such as 6144x4096")
+    return int(sizes[0]), int(sizes[1])

@@ -1,0 +1,80 @@
+"""The benchmark of linear layers: what it races, what it refuses, and its sums, with shapes of no size."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import batchproof
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    import bench_linear
+    import run
+    import timing
+
+    monkeypatch.setattr(timing, "MAX_SETS", 8)
+    return SimpleNamespace(linear=bench_linear, run=run)
+
+
+def race(bench, path, *more):
+    return bench.run.main(
+        ["linear", "--shapes", "128x256", "--tokens", "1", "17", "--rounds", "2", "--out", str(path), *more]
+    )
+
+
+def test_every_format_is_raced_against_what_can_be_imported(bench, tmp_path, capsys):
+    out = tmp_path / "linear.json"
+    assert race(bench, out, "--formats", *bench.linear.FORMATS) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["format"], row["tokens"]) for row in rows] == [(f, m) for f in bench.linear.FORMATS for m in (1, 17)]
+    for row in rows:
+        assert row["times"]["ours"]["median_us"] > 0
+        assert row["errors"]["ours"] < 0.01
+        assert ("torch" in row["times"]) == (row["format"] != "fp8 blocks")
+        assert "torch" in row["times"] or "DeepGEMM" in row["missing"]
+        assert row["floor_us"] > 0
+    printed = capsys.readouterr().out
+    assert "sum of shapes, fp8, 17" in printed
+    assert "bf16 1 x 128x256" in printed
+
+
+def test_a_product_that_varies_is_not_timed(bench, tmp_path, monkeypatch, capsys):
+    real = batchproof.scaled_mm
+    monkeypatch.setattr(batchproof, "scaled_mm", lambda a, *more: real(a, *more) * (1.0 if len(a) < 16 else 1.01))
+    assert race(bench, tmp_path / "linear.json", "--formats", "fp8") == 1
+    assert "of 17 in a batch of" in capsys.readouterr().err
+    assert not (tmp_path / "linear.json").exists()
+
+
+def test_a_product_that_is_wrong_is_not_timed(bench, tmp_path, monkeypatch, capsys):
+    real = batchproof.linear
+    monkeypatch.setattr(batchproof, "linear", lambda a, weight: real(a, weight) * 1.1)
+    assert race(bench, tmp_path / "linear.json", "--formats", "bf16") == 1
+    assert "ours is off by" in capsys.readouterr().err
+
+
+def test_a_peer_that_computes_something_else_is_missing(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "mm", lambda a, b: (a @ b) * 2)
+    assert race(bench, tmp_path / "linear.json", "--formats", "bf16") == 0
+    row = json.loads((tmp_path / "linear.json").read_text())["rows"][0]
+    assert "off by 1 of the norm" in row["missing"]["torch"]
+    assert list(row["times"]) == ["ours"]
+
+
+def test_a_shape_is_checked(bench, tmp_path, capsys):
+    code = bench.run.main(["linear", "--shapes", "128", "--out", str(tmp_path / "linear.json")])
+    assert code == 1
+    assert "--shapes has '128', want NxK" in capsys.readouterr().err
+
+
+def test_blocks_fit_the_models(bench):
+    for shapes in bench.linear.MODELS.values():
+        assert all(n % 128 == 0 and k % 128 == 0 for n, k in shapes)
