@@ -5,8 +5,10 @@ import torch
 
 from batchproof.numerics import first_mismatch
 from batchproof.ops import linear as linear_module
+from batchproof.ops import scaled_mm as scaled_mm_module
 from batchproof.ops.linear import linear
 from batchproof.ops.rms_norm import add_rms_norm, fused_add_rms_norm, rms_norm, rms_norm_reference
+from batchproof.ops.scaled_mm import scaled_mm_reference
 from batchproof.registry import all_specs, get_spec
 from invariance import assert_same
 
@@ -89,6 +91,33 @@ def test_all_tiles_agree(k, dtype, device):
         for rows in (1, 15, 129):
             out = linear_module.launch(a[:, -rows:], b, tile=tile)
             assert first_mismatch(out, expected[:, -rows:]) is None, f"{tile}, {rows} rows"
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("k", [64, 100, 4096, 14336])
+def test_all_fp8_tiles_agree(k, blocks, device):
+    """Random bytes but for NaN: subnormals, and sums that cancel over all exponents of fp8."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("several tiles are used on Hopper only")
+    generator = torch.Generator(device).manual_seed(k)
+    a, weight = (
+        torch.randint(0, 256, (n, k), generator=generator, device=device, dtype=torch.uint8) for n in (300, 320)
+    )
+    for codes in (a, weight):
+        codes[codes & 127 == 127] = 0
+    a, b = a.view(torch.float8_e4m3fn), weight.view(torch.float8_e4m3fn).t()
+    shapes = ((300, -(-k // 128)), (-(-k // 128), 3)) if blocks else ((300, 1), (1, 320))
+    scales = [torch.rand(shape, generator=generator, device=device) * 1e-3 for shape in shapes]
+    tiles = [tile for _, tile in (scaled_mm_module.HOPPER_BLOCK_TILES if blocks else scaled_mm_module.HOPPER_TILES)]
+    expected = scaled_mm_module.launch(a, b, *scales, None, torch.float32, tiles[0])
+    wanted = scaled_mm_reference(a, b, *scales, None, torch.float32)
+    assert float((expected - wanted).norm() / wanted.norm()) < 1e-3
+    for tile in tiles:
+        assert_same((scaled_mm_module.launch(a, b, *scales, None, torch.float32, tile),), (expected,), f"{tile}")
+        for rows in (1, 15, 16, 129):
+            some = [scales[0][-rows:], scales[1]]
+            out = scaled_mm_module.launch(a[-rows:], b, *some, None, torch.float32, tile)
+            assert_same((out,), (expected[-rows:],), f"{tile}, {rows} rows")
 
 
 def test_a_tile_that_splits_k_would_be_seen(device):
