@@ -121,3 +121,23 @@ def test_a_shared_argument_that_changes_is_not_observed():
 
     workload = Workload(cached, parse({"x": "randn[M,4]", "cache": "zeros[3]"}), 8, torch.device("cpu"), 8)
     assert workload.unobserved == ["cache: is changed and has no axis M: it is no request's"]
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "by_place"),
+    [
+        (lambda x, y: x - y, {"x": "randn[M,4]", "y": "ones[M,4]"}, False),
+        (lambda x, y: x - y, {"y": "ones[M,4]", "x": "randn[M,4]"}, False),
+        (lambda a, b: a - b, {"x": "randn[M,4]", "y": "ones[M,4]"}, True),
+        (lambda a, b: a - b, ["randn[M,4]", "ones[M,4]"], True),
+        (lambda **named: named["x"] - named["y"], {"y": "ones[M,4]", "x": "randn[M,4]"}, False),
+        (torch.sub, {"other": "ones[M,4]", "input": "randn[M,4]"}, False),
+    ],
+)
+def test_names_are_kept_if_the_function_knows_them(function, arguments, by_place):
+    workload = Workload(function, parse(arguments), 8, torch.device("cpu"), 8)
+    assert workload.by_place == by_place
+    (_, out), *_ = workload.run_batch("normal", torch.arange(8))
+    drawn = workload.prepare("normal", torch.arange(8))
+    x = next(t for t in drawn.values() if not bool((t == 1).all()))
+    assert torch.equal(out, x - 1)

@@ -30,12 +30,12 @@ exit code: 0 all relations that were exercised hold; 1 one varies; 2 it could no
 _OP = """\
 Audit any importable callable: module:name, module:class.name, file.py:name. Outputs and changed arguments count.
 
-  batchproof audit op vllm._custom_ops:fused_add_rms_norm --arg x=randn[M,4096]:bf16 \\
+  batchproof audit op vllm._custom_ops:fused_add_rms_norm --arg input=randn[M,4096]:bf16 \\
       --arg residual=randn[M,4096]:bf16 --arg weight=randn[4096]:bf16 --arg epsilon=1e-6
   batchproof audit op torch:nn.functional.softmax --arg input=randn[M,50257] --arg dim=-1 --html softmax.html
   batchproof audit op batchproof:rms_norm          an op of batchproof brings its own arguments
 
-arguments: NAME=VALUE, or VALUE by place.
+arguments: NAME=VALUE, or VALUE by place. If the callable does not know a NAME, all go by place, in the order given.
   randn[M,4096]:bf16     a row a request; M marks the axis of the batch, 8*M is eight rows a request
   randn[4096]            no M: the same tensor in every batch (fp32 where no dtype is named)
   randint(0,100)[M]:int64, rand, zeros, ones, full(0.5)[1]

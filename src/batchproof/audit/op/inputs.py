@@ -118,6 +118,8 @@ class Argument:
 def parse(arguments: Mapping[str, Any] | Sequence[Any]) -> list[Argument]:
     """Arguments in the notation above, by name or by position; other values than strings pass as they are.
 
+    A name that the function does not know only labels an argument: then all go by place, in the order given.
+
     Raises:
         ArgumentError: malformed, or no argument has an axis M.
     """

@@ -111,7 +111,8 @@ def _body(workload: Workload, sides: Sequence[Side]) -> list[str]:
         if a.is_activation and layouts:
             expression = re.sub(r"\bx\b", f"{x}_", LAYOUTS[next(iter(layouts))])
             lines += ["    if fill == 'layout':", f"        {x}_ = {expression}"]
-    given = ", ".join(f"{a.variable}_" if a.name is None else f"{a.name}={a.variable}_" for a in workload.arguments)
+    names = [a.variable for a in workload.arguments]
+    given = ", ".join(f"{name}_" if workload.by_place else f"{name}={name}_" for name in names)
     lines.append(f"    out = function({given})")
     return [*lines, f"    return [{', '.join(_observed(o) for o in workload.outputs)}]"]
 

@@ -5,6 +5,7 @@ Whatever an op returns counts as an output, and so does every argument that it c
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ class Workload:
     ) -> None:  # fmt: skip
         self.function, self.arguments, self.rows, self.device = function, list(arguments), rows, device
         self.most_calls, self.seed = most_calls, seed
+        self.by_place = _go_by_place(function, self.arguments)
         self.batched = {
             a.variable: Batched(a.axis, a.each, a.is_activation)
             for a in self.arguments
@@ -146,9 +148,9 @@ class Workload:
 
     def call(self, made: Mapping[str, Any]) -> list[Any]:
         """Call the function; what it returned, flat."""
-        by_place = [made[a.variable] for a in self.arguments if a.name is None]
-        by_name = {a.name: made[a.variable] for a in self.arguments if a.name is not None}
-        return _flat(self.function(*by_place, **by_name))
+        if self.by_place:
+            return _flat(self.function(*(made[a.variable] for a in self.arguments)))
+        return _flat(self.function(**{a.variable: made[a.variable] for a in self.arguments}))
 
     def observe(self, made: Mapping[str, Any], returned: Sequence[Any], size: int) -> list[tuple[str, torch.Tensor]]:
         """The outputs with the requests first: [size, ...], or [size, rows of a request, ...]."""
@@ -275,6 +277,18 @@ class SpecWorkload(Workload):
     def observe(self, made: Mapping[str, Any], returned: Sequence[Any], size: int) -> list[tuple[str, torch.Tensor]]:
         """Every output has a row a request."""
         return [(f"output {i}", tensor) for i, tensor in enumerate(returned)]
+
+
+def _go_by_place(function: Callable[..., Any], arguments: Sequence[Argument]) -> bool:
+    """Whether arguments go by place: they have no names, or one that the function does not know."""
+    if any(argument.name is None for argument in arguments):
+        return True
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin may not tell
+        return False
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return not takes_any and not {argument.name for argument in arguments} <= set(parameters)
 
 
 def _take(tensor: torch.Tensor, axis: int, each: int, index: torch.Tensor) -> torch.Tensor:
