@@ -1,5 +1,7 @@
 """Continuous batching of every model family: receipts do not depend on the batch, and are those of a plain generate."""
 
+import gc
+
 import pytest
 import torch
 import transformers
@@ -105,3 +107,25 @@ def test_a_changed_token_changes_the_receipt(model, requests):
     """The comparison above can fail."""
     other = Request("0", (4, *requests[0].prompt_ids[1:]), NEW_TOKENS)
     assert receipts(model, [other], 1)["0"] != receipts(model, requests[:1], 1)["0"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the collection is left as it is")
+def test_the_end_of_a_run_collects_no_garbage_of_before(model, requests, monkeypatch):
+    """transformers collects garbage when a batch processor goes: of a large process, that takes as long as the run."""
+    seen, collect = [], gc.collect
+    monkeypatch.setattr(gc, "collect", lambda *args: seen.append(gc.get_freeze_count()) or collect(*args))
+    list(Engine(model, Numbers(), new_chain).run(requests[:2]))
+    assert seen
+    assert all(count > 10000 for count in seen), seen
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the collection is left as it is")
+def test_objects_that_somebody_has_frozen_stay_frozen(model, requests):
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        list(Engine(model, Numbers(), new_chain).run(requests[:1]))
+        assert before >= gc.get_freeze_count() > before // 2  # some have gone of themselves
+    finally:
+        gc.unfreeze()

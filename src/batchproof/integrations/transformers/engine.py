@@ -8,7 +8,9 @@ the bits, because every op under it is batch-invariant.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,22 +161,39 @@ class _Manager(ContinuousBatchingManager):
     @torch.inference_mode()
     def outputs(self) -> Iterator[GenerationOutput]:
         """Run until nothing is pending; yields each request's output when it ends."""
-        processor = self.batch_processor = self._create_batch_processor()
+        self.batch_processor = self._create_batch_processor()
         self.current_batch = 0
         finished = self.output_router.output_queue
         try:
             while True:
-                ready = processor.prepare_next_batch()
+                ready = self.batch_processor.prepare_next_batch()
                 if ready:
                     self._generation_step()
-                    processor.update_batch()
+                    self.batch_processor.update_batch()
                     self.current_batch += 1
                 while not finished.empty():
                     yield finished.get_nowait()
-                if not ready and not processor.has_pending_requests() and self.input_queue.empty():
+                if not ready and not self.batch_processor.has_pending_requests() and self.input_queue.empty():
                     return
         finally:
-            self.batch_processor = None
+            with _old_objects_uncollected(self.model.device):
+                self.batch_processor = None
+
+
+@contextmanager
+def _old_objects_uncollected(device: torch.device) -> Iterator[None]:
+    """Keep a garbage collection short: a batch processor that goes makes one, which takes as long as tens of steps.
+
+    On a GPU it may free memory of the device and is left alone, as it is where somebody has frozen objects.
+    """
+    if device.type != "cpu" or gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Engine:
