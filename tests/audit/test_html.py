@@ -184,7 +184,7 @@ def test_hostile_text_stays_text():
 
 def test_the_cause_is_told_in_words():
     text = Reader(render_html(op_report())).text
-    assert "✗ Varies with the batch" in text
+    assert "✗ Varies by batch size" in text
     assert "Relations: varies 1, holds 1, not exercised 1. Comparisons of bits: 1,352 in 31.4 s. Exit code 1." in text
     assert "The first relation that varies: batch size . 76 of 4096 rows have other bits Op vllm:norm" in text
     assert (
@@ -373,7 +373,7 @@ def test_in_a_browser_nothing_scrolls_sideways(measured):
 def test_in_a_browser_the_text_is_there(measured):
     found, _ = measured
     for width in (375, 1280):
-        for words in ("Varies with the batch", "from 256 rows on", KERNEL, "1024x1x1", "1-255 | 256-4096"):
+        for words in ("Varies by batch size", "from 256 rows on", KERNEL, "1024x1x1", "1-255 | 256-4096"):
             assert words in found[f"op {width}"]["text"]
         assert "<script>alert(1)</script>" in found[f"hostile {width}"]["text"]
         assert '"schema"' not in found[f"op {width}"]["text"]

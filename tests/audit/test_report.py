@@ -130,7 +130,7 @@ def test_the_text_says_the_verdict_first_and_everything_after():
     assert (
         full_report().text()
         == """\
-op ns:norm: varies
+op ns:norm: varies by batch size
   stopped early
   batch size varies: rows differ
   op: ns::norm, in layer 3

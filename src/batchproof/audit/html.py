@@ -18,7 +18,7 @@ from .report import HOLDS, NOT_AUDITED, NOT_EXERCISED, VARIES, Check, Launch, Re
 
 __all__ = ["render_html"]
 
-_HEADLINES = {HOLDS: "✓ Holds", VARIES: "✗ Varies with the batch", NOT_AUDITED: "? Not audited"}
+_SYMBOLS = {HOLDS: "✓", VARIES: "✗", NOT_AUDITED: "?"}
 _VERDICTS = {VARIES: "✗ varies", HOLDS: "✓ holds", NOT_EXERCISED: "? not exercised"}
 # Control characters, lone surrogates (no UTF-8) and bidirectional overrides (text that reads as other text).
 _UNSHOWABLE = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -116,7 +116,8 @@ def _banner(report: Report) -> str:
         f"Relations: {told}. Comparisons of bits: {made:,} in {report.seconds:.1f} s. Exit code {report.exit_code}.",
     ]
     told = "".join(f"<p>{_escape(line)}</p>" for line in lines if line)
-    return f'<div class="banner {report.verdict}"><strong>{_HEADLINES[report.verdict]}</strong>{told}</div>'
+    headline = f"{_SYMBOLS[report.verdict]} {_escape(report.headline.capitalize())}"
+    return f'<div class="banner {report.verdict}"><strong>{headline}</strong>{told}</div>'
 
 
 def _cause(report: Report, cause: Check) -> str:

@@ -190,6 +190,12 @@ class Report:
         return next((check for check in self.checks if check.verdict == VARIES), None)
 
     @property
+    def headline(self) -> str:
+        """The verdict, with the relations that vary."""
+        found = ", ".join(check.relation for check in self.checks if check.verdict == VARIES)
+        return f"{VARIES} by {found}" if found else self.verdict
+
+    @property
     def gaps(self) -> tuple[str, ...]:
         """What the verdict does not cover, one sentence each."""
         skipped = [f"{c.relation}: {c.detail}" for c in self.checks if c.verdict == NOT_EXERCISED]
@@ -217,7 +223,7 @@ class Report:
 
     def text(self) -> str:
         """For people: the verdict first, then its reasons, then what it does not cover."""
-        lines = [f"{self.target} {self.name}: {self.verdict}"]
+        lines = [f"{self.target} {self.name}: {self.headline}"]
         if self.error:
             lines.append(f"  {self.error}")
         if self.cause is not None:
