@@ -9,7 +9,7 @@ import pytest
 from batchproof import cli, doctor
 from batchproof.integrations.vllm.coverage import COVERAGE, NOTHING
 
-NAMES = ("rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes")
+NAMES = ("rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "fp8_linear")
 VARIABLES = ("VLLM_BATCH_INVARIANT", "BATCHPROOF_STRICT", "BATCHPROOF_FUSE_NORM_QUANT", "VLLM_USE_FLASHINFER_SAMPLER")
 ABSENT_ENTRY_POINT = "this installation of batchproof has no such entry point"
 
@@ -78,7 +78,7 @@ def test_without_vllm_it_says_so_and_prints_the_rest(place, run, monkeypatch, mo
 
 
 def test_all_there_exits_0_and_batchproof_serves_what_it_has_hooks_for(place, run):
-    place(VLLM_BATCH_INVARIANT="1")
+    place(VLLM_BATCH_INVARIANT="1", BATCHPROOF_LINEAR="1")
     code, out, _ = run()
     assert code == 0
     assert out.splitlines()[-1].startswith("all there")
@@ -93,7 +93,7 @@ def test_all_there_exits_0_and_batchproof_serves_what_it_has_hooks_for(place, ru
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_hook_exits_1_with_its_line_and_its_ops_are_vllms(place, run, name):
     line = f"module 'vllm.{name}' has no such thing"
-    place(missing={name: line}, VLLM_BATCH_INVARIANT="1")
+    place(missing={name: line}, VLLM_BATCH_INVARIANT="1", BATCHPROOF_LINEAR="1")
     code, out, _ = run()
     assert code == 1
     assert f"hook {name} (what {name} is for): {line}\n" in out
@@ -102,6 +102,16 @@ def test_a_missing_hook_exits_1_with_its_line_and_its_ops_are_vllms(place, run, 
     for row in COVERAGE:
         if row.hook == name:
             assert served[row.op] == (f"vLLM: {row.vllm}", row.varies)
+
+
+def test_linear_layers_are_vllms_unless_asked_for_and_then_nobody_misses_the_hook(place, run):
+    place(missing={"fp8_linear": "gone"}, VLLM_BATCH_INVARIANT="1")
+    code, out, _ = run()
+    assert code == 0
+    assert "hook fp8_linear (what fp8_linear is for): gone\n" in out
+    assert _served(doctor.collect())["fp8 linear"][0].startswith("vLLM: one pinned CUTLASS")
+    place(VLLM_BATCH_INVARIANT="1")
+    assert _served(doctor.collect())["fp8 linear"][0].startswith("vLLM: one pinned CUTLASS")
 
 
 def test_norm_and_quantisation_are_not_fused_where_the_norm_is_not_ours(place):

@@ -69,16 +69,28 @@ def test_a_hook_that_fails_while_it_is_installed_is_missing(hooks, monkeypatch, 
     assert "serves" not in caplog.text
 
 
-@pytest.mark.parametrize("variable", ["VLLM_BATCH_INVARIANT", "BATCHPROOF_STRICT", "BATCHPROOF_FUSE_NORM_QUANT"])
+@pytest.mark.parametrize(
+    "variable", ["VLLM_BATCH_INVARIANT", "BATCHPROOF_STRICT", "BATCHPROOF_FUSE_NORM_QUANT", "BATCHPROOF_LINEAR"]
+)
 def test_a_malformed_variable_stops_the_start(hooks, monkeypatch, variable):
     monkeypatch.setenv(variable, "yes")
     with pytest.raises(ModeError, match=f"{variable} is 'yes', want 0 or 1"):
         register()
 
 
+@pytest.mark.parametrize("value", ["0", "1", None])
+def test_linear_layers_are_taken_over_only_where_that_is_asked(hooks, monkeypatch, value):
+    fake = Hook("fp8_linear", "linear layers", lambda: None, lambda: hooks.append("fp8_linear"))
+    monkeypatch.setattr(plugin, "HOOKS", (fake,))
+    if value is not None:
+        monkeypatch.setenv("BATCHPROOF_LINEAR", value)
+    register()
+    assert hooks == (["fp8_linear"] if value == "1" else [])
+
+
 def test_without_vllm_every_hook_says_what_is_missing():
     if importlib.util.find_spec("vllm"):
         pytest.skip("vLLM is installed")
-    assert {hook.name for hook in HOOKS} == {"rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes"}
+    assert {hook.name for hook in HOOKS} == {"rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "fp8_linear"}
     for hook in HOOKS:
         assert "No module named 'vllm'" in hook.missing()

@@ -65,7 +65,7 @@ COVERAGE: tuple[Coverage, ...] = (
     NORM_QUANT,
     Coverage(
         "fp8 linear",
-        None,
+        "fp8_linear",
         "one pinned CUTLASS configuration; per-tensor and per-channel weights of any other kernel class go to bf16",
         "nothing known: CUTLASS gave the same rows for M = 1 to 2048 at Llama-8B's shapes",
     ),

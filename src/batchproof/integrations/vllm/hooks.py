@@ -128,11 +128,40 @@ def _prefer_ours(original: Callable[..., Any], cls: Any, vllm_config: Any) -> An
 
 def _compile_key() -> dict[str, Any]:
     """What compiled graphs depend on beyond the files that vLLM hashes itself."""
-    from .plugin import fuses_norm_quant
+    from .plugin import fuses_norm_quant, serves_linear
 
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    return {"version": __version__, "source": digest[:16], "fuse_norm_quant": fuses_norm_quant()}
+    return {
+        "version": __version__,
+        "source": digest[:16],
+        "fuse_norm_quant": fuses_norm_quant(),
+        "linear": serves_linear(),
+    }
+
+
+def _probe_fp8_linear() -> str | None:
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
+    from vllm.platforms.interface import PlatformEnum
+
+    wanted = ["self", "A", "B", "out_dtype", "As", "Bs", "bias", "output_shape"]
+    found = list(inspect.signature(CutlassFP8ScaledMMLinearKernel.apply_scaled_mm).parameters)
+    if found != wanted:
+        return f"apply_scaled_mm takes {found}, want {wanted}"
+    kernels = getattr(linear, "_POSSIBLE_FP8_KERNELS", {})
+    return None if kernels.get(PlatformEnum.CUDA) else "there is no list of fp8 linear kernels for CUDA"
+
+
+def _install_fp8_linear() -> None:
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms.interface import PlatformEnum
+
+    from .linear import InvariantFP8ScaledMMLinearKernel
+
+    kernels = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CUDA]
+    if InvariantFP8ScaledMMLinearKernel not in kernels:
+        kernels.insert(0, InvariantFP8ScaledMMLinearKernel)  # the first that takes a layer is chosen
 
 
 def _probe_graph_passes() -> str | None:
@@ -196,5 +225,11 @@ HOOKS = (
         "norms fused with fp8 quantisation in compiled graphs, without vLLM's fusions whose kernels vary",
         _probe_graph_passes,
         _install_graph_passes,
+    ),
+    Hook(
+        "fp8_linear",
+        "fp8 linear layers with scales for the tensor, for tokens and for channels",
+        _probe_fp8_linear,
+        _install_fp8_linear,
     ),
 )

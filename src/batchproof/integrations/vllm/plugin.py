@@ -9,7 +9,7 @@ from ...errors import ModeError
 from ...mode import read_flag, requested_by_environment
 from .hooks import HOOKS
 
-__all__ = ["fuses_norm_quant", "is_strict", "register"]
+__all__ = ["fuses_norm_quant", "is_strict", "register", "serves_linear"]
 
 _done = False
 
@@ -24,6 +24,11 @@ def fuses_norm_quant() -> bool:
     return read_flag("BATCHPROOF_FUSE_NORM_QUANT", default="1")
 
 
+def serves_linear() -> bool:
+    """Whether BATCHPROOF_LINEAR lets fp8 linear layers be batchproof's; default no, until they are the faster ones."""
+    return read_flag("BATCHPROOF_LINEAR", default="0")
+
+
 def register() -> None:
     """Put batchproof's kernels under vLLM if VLLM_BATCH_INVARIANT is 1; once a process, however often it is called.
 
@@ -33,9 +38,10 @@ def register() -> None:
     global _done
     if _done or not requested_by_environment():
         return
-    strict, fuse = is_strict(), fuses_norm_quant()
+    strict, fuse, linear = is_strict(), fuses_norm_quant(), serves_linear()
+    wanted = [hook for hook in HOOKS if linear or hook.name != "fp8_linear"]
     absent = {}
-    for hook in HOOKS:
+    for hook in wanted:
         reason = hook.missing()
         if reason is None:
             try:
@@ -52,7 +58,7 @@ def register() -> None:
         raise ModeError("BATCHPROOF_STRICT is 1 and hooks into vLLM are missing: " + "; ".join(lines))
     for line in lines:
         _logger().error("batchproof: HOOK MISSING, results may depend on the batch. %s", line)
-    served = [hook.serves for hook in HOOKS if hook not in absent]
+    served = [hook.serves for hook in wanted if hook not in absent]
     if served:
         fused = "" if fuse else " (norm and quantisation kept apart)"
         _logger().info("batchproof %s serves %s%s", __version__, "; ".join(served), fused)
