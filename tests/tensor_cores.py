@@ -23,13 +23,13 @@ MOST_SHARED = 227 * 1024  # bytes of shared memory a program may have on Hopper
 def compiled(tile: scaled_mm.Tile, blocks: bool, aligned: bool) -> Any:
     """A tile's binary; ``aligned``: addresses, sizes and strides are multiples of 16, as Triton then specialises on."""
     constants: dict[str, Any] = {
-        "HAS_BIAS": True, "BLOCKS": blocks, "SWAP": tile.swap, "GROUP_K": scaled_mm.GROUP, "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+        "HAS_BIAS": True, "PIECES": 1, "BLOCKS": blocks, "SWAP": tile.swap, "GROUP_K": scaled_mm.GROUP,
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
     }  # fmt: skip
     types = {"a_ptr": "*fp8e4nv", "b_ptr": "*fp8e4nv", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
     types |= {"scale_a_ptr": "*fp32", "scale_b_ptr": "*fp32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in KERNEL.arg_names}
-    multiples = {*types, "N", "K", "a_row", "b_column"} if aligned else set()
+    multiples = {*types, "N", "span", "a_row", "b_column"} if aligned else set()
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in multiples}
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
     source = ASTSource(KERNEL, signature, constexprs=constants, attrs=attributes)

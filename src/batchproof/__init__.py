@@ -13,6 +13,7 @@ from ._version import __version__
 
 _HOMES = {
     "RMSNorm": "layers",
+    "add_pieces": "ops.linear",
     "add_rms_norm": "ops.rms_norm",
     "add_rms_norm_dynamic_per_token_quant": "ops.rms_norm_quant",
     "add_rms_norm_per_block_quant": "ops.rms_norm_quant",

@@ -120,6 +120,21 @@ def test_all_fp8_tiles_agree(k, blocks, device):
             assert_same((out,), (expected[-rows:],), f"{tile}, {rows} rows")
 
 
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+def test_tiles_agree_on_pieces_of_k(pieces, device):
+    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("several tiles are used on Hopper only")
+    generator = torch.Generator(device).manual_seed(pieces)
+    a, b = (torch.randn(*s, generator=generator, device=device).bfloat16() for s in ((1, 130, 4096), (1, 4096, 320)))
+    expected = linear_module.launch(a, b, pieces=pieces, out_dtype=torch.float32)
+    for _, tile in linear_module.HOPPER_TILES:
+        out = linear_module.launch(a, b, tile=tile, pieces=pieces, out_dtype=torch.float32)
+        assert_same((out,), (expected,), f"{tile}")
+    parts = zip(a.chunk(pieces, -1), b.chunk(pieces, 1), strict=True)
+    ranks = [linear_module.launch(x, y, out_dtype=torch.float32) for x, y in parts]
+    assert_same((linear_module.add_pieces(ranks),), (expected,), "by hand")
+
+
 def test_a_tile_that_splits_k_would_be_seen(device):
     """The control for ``test_all_tiles_agree``: the same inputs, K summed in two halves, give other bits."""
     a, b = torch.randn(1, 64, 4096, device=device).bfloat16(), torch.randn(1, 4096, 320, device=device).bfloat16()

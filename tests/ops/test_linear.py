@@ -6,11 +6,12 @@ from fractions import Fraction
 import pytest
 import torch
 
-from batchproof.errors import DeviceError, DtypeError, ShapeError, UnsupportedError
+from batchproof.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
 from batchproof.numerics import TOLERANCES, first_mismatch, ulp_distance
+from batchproof.ops import _packed_weights as packed
 from batchproof.ops import linear as module
 from batchproof.ops._library import FLOAT_DTYPES
-from batchproof.ops.linear import addmm, baddbmm, bmm, linear, linear_reference, mm
+from batchproof.ops.linear import add_pieces, addmm, baddbmm, bmm, linear, linear_reference, mm
 
 BATCHES = [1, 2, 3, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 129, 257]
 # N, K: one, odd, past a tile, past a chunk of the exact product
@@ -210,7 +211,7 @@ def test_a_changed_weight_is_seen(dtype, generator):
 
 @on_cpu
 def test_packed_weights_die_with_their_weight(generator):
-    cache, x = module._packed_weights, randn(generator, 3, 40)
+    cache, x = packed._packed_weights, randn(generator, 3, 40)
     weight = randn(generator, 7, 40)
     before = len(cache._kept)
     linear(x, weight)
@@ -223,10 +224,10 @@ def test_packed_weights_die_with_their_weight(generator):
 def test_weights_past_the_limit_are_packed_every_time(generator, monkeypatch):
     x, weight = randn(generator, 3, 40), randn(generator, 7, 40)
     expected = linear(x, weight.clone())
-    monkeypatch.setattr(module, "PACKED_LIMIT", 0)
-    before = len(module._packed_weights._kept)
+    monkeypatch.setattr(packed, "LIMIT", 0)
+    before = len(packed._packed_weights._kept)
     assert first_mismatch(linear(x, weight), expected) is None
-    assert len(module._packed_weights._kept) == before
+    assert len(packed._packed_weights._kept) == before
 
 
 def test_threads_may_share_the_packed_weights(generator):
@@ -331,3 +332,64 @@ def test_kernel_reads_any_layout(generator):
         assert first_mismatch(module.launch(a.repeat_interleave(2, 1)[:, ::2], same), expected) is None
     for bias in (a[:, :1, :9], a[:1, :, :1], a[:, :, :9].transpose(0, 1).contiguous().transpose(0, 1)):
         torch.testing.assert_close(module.launch(a, b, bias), expected + bias, rtol=1e-6, atol=1e-6)
+
+
+def of_ranks(x, weight, ranks, pieces):
+    """The product as so many ranks compute it, each with a part of K, before its bias."""
+    parts = zip(x.chunk(ranks, -1), weight.chunk(ranks, 1), strict=True)
+    return add_pieces([linear(a, w, pieces=pieces // ranks, out_dtype=torch.float32) for a, w in parts])
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("rows", [1, 17, 129])
+def test_k_split_over_ranks_has_the_bits_of_one_rank(rows, dtype, generator):
+    """Tensor-parallel sizes 2, 4 and 8, split by hand."""
+    x, weight = (wide(generator, n, 2048, dtype) for n in (rows, 40))
+    for pieces in (2, 4, 8):
+        one = linear(x, weight, pieces=pieces, out_dtype=torch.float32)
+        assert first_mismatch(linear(x, weight, pieces=pieces), one.to(dtype)) is None
+        for ranks in (n for n in (1, 2, 4, 8) if n <= pieces):
+            assert first_mismatch(of_ranks(x, weight, ranks, pieces), one) is None, f"{ranks} ranks, {pieces} pieces"
+
+
+def test_without_pieces_ranks_would_differ(generator):
+    """The control: a sum in one piece is no tree, and the comparison above can fail."""
+    x, weight = (wide(generator, n, 2048, torch.float32) for n in (129, 40))
+    assert first_mismatch(of_ranks(x, weight, 2, 2), linear(x, weight)) is not None
+    parts = [a @ w.t() for a, w in zip(x.chunk(4, -1), weight.chunk(4, 1), strict=True)]
+    in_order = parts[0] + parts[1] + parts[2] + parts[3]
+    assert first_mismatch(add_pieces(parts), in_order) is not None
+
+
+def wide(generator, rows, k, dtype):
+    """Rows whose sums round differently in every order."""
+    powers = torch.randint(-6, 6, (rows, k), generator=generator, device=generator.device)
+    return (randn(generator, rows, k) * 2.0**powers).to(dtype)
+
+
+@pytest.mark.parametrize("pieces", [2, 8])
+def test_pieces_are_accurate_and_take_a_bias(pieces, generator):
+    x, weight, bias = randn(generator, 5, 512), randn(generator, 33, 512), randn(generator, 33)
+    assert_accurate(x, weight.t(), linear(x, weight, bias, pieces=pieces), linear_reference(x, weight, bias))
+
+
+def test_k_that_cannot_be_cut_is_named(generator):
+    x, weight = randn(generator, 2, 12), randn(generator, 3, 12)
+    with pytest.raises(ArgumentError, match=r"pieces is 8 and K 12, want one of 1, 2, 4, 8, and K a multiple"):
+        linear(x, weight, pieces=8)
+    with pytest.raises(ArgumentError, match="pieces is 3 and K 12"):
+        linear(x, weight, pieces=3)
+    with pytest.raises(ArgumentError, match="add_pieces: 3 tensors, want 1, 2, 4, 8"):
+        add_pieces([x, x, x])
+    with pytest.raises(DtypeError, match=r"add_pieces: a sum is torch\.float16"):
+        add_pieces([x.half(), x.half()])
+
+
+@interpreted
+def test_pieces_in_the_interpreter(generator):
+    a, b = randn(generator, 1, 20, 256), randn(generator, 1, 256, 33)
+    for pieces in (1, 2, 4, 8):
+        out = module.launch(a, b, pieces=pieces)
+        assert_accurate(a, b, out, (a.double() @ b.double()).float())
+        parts = zip(a.chunk(pieces, -1), b.chunk(pieces, 1), strict=True)
+        assert first_mismatch(add_pieces([module.launch(x, y) for x, y in parts]), out) is None

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchproof.errors import DtypeError, ShapeError, UnsupportedError
+from batchproof.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
 from batchproof.numerics import TOLERANCES, first_mismatch, ulp_distance
 from batchproof.ops import scaled_mm as module
 from batchproof.ops._library import FLOAT_DTYPES
 from batchproof.ops._quantize import quantize_per_block_reference, quantize_per_token_reference
+from batchproof.ops.linear import add_pieces
 from batchproof.ops.scaled_mm import scaled_mm, scaled_mm_reference
 
 FP8 = torch.float8_e4m3fn
@@ -179,6 +180,40 @@ def test_every_tile_in_the_interpreter(m, n, k, scales, generator):
         for _, tile in tiles:
             assert_accurate(module.launch(*given, None, torch.float32, tile), given)
             assert_accurate(module.launch(*given, bias, torch.float32, tile), given, bias)
+
+
+@pytest.mark.parametrize("scales", ["token", "block"])
+def test_k_split_over_ranks_has_the_bits_of_one_rank(scales, generator):
+    """Tensor-parallel sizes 2, 4 and 8, split by hand. Scales of rows and columns come after the sum over ranks."""
+    a, b, *given = operands(generator, 33, 130, 2048, scales)
+    ones = [torch.ones(1, device=a.device)] * 2
+    for pieces in (2, 4, 8):
+        whole = scaled_mm(a, b, *(given if scales == "block" else ones), None, torch.float32, pieces=pieces)
+        for ranks in (n for n in (2, 4, 8) if n <= pieces):
+            parts = [ones] * ranks
+            if scales == "block":
+                parts = list(zip(given[0].chunk(ranks, 1), given[1].chunk(ranks, 0), strict=True))
+            sums = [
+                scaled_mm(x, y, *part, None, torch.float32, pieces=pieces // ranks)
+                for x, y, part in zip(a.chunk(ranks, 1), b.chunk(ranks, 0), parts, strict=True)
+            ]
+            assert first_mismatch(add_pieces(sums), whole) is None, f"{ranks} ranks, {pieces} pieces"
+        assert_accurate(scaled_mm(a, b, *given, pieces=pieces), (a, b, *given))
+
+
+def test_pieces_are_multiples_of_groups(generator):
+    given = operands(generator, 2, 8, 256)
+    with pytest.raises(ArgumentError, match=r"pieces is 4 and K 256, .* K a multiple of pieces \* 128"):
+        scaled_mm(*given, pieces=4)
+
+
+@interpreted
+@pytest.mark.parametrize("scales", ["token", "block"])
+def test_pieces_in_the_interpreter(scales, generator):
+    given = operands(generator, 5, 40, 512, scales)
+    for tiles in (module.HOPPER_BLOCK_TILES[:1], module.GENERIC_TILES):
+        for pieces in (1, 2, 4):
+            assert_accurate(module.launch(*given, None, torch.float32, tiles[0][1], pieces), given)
 
 
 def test_on_hopper_no_tile_compiles_to_mma_sync():

@@ -7,26 +7,29 @@ never split by M, and K past the end adds exact zeros. On Hopper the bits depend
 instruction (mma.sync or wgmma) nor on the operand order (measured, and tested in tests/gpu), so M may choose the
 tile there; on other GPUs there is one tile for every M. fp32 is computed in IEEE fp32 (no tf32), with one tile.
 On the CPU the sum is exact in float64, so it has no order (see ``_exact``), and is rounded once.
+
+With ``pieces`` K is cut in so many equal pieces, whose fp32 sums are added by a binary tree: (0 + 1) + (2 + 3) and so
+on. A subtree is the product of a part of K: so 2, 4 or 8 ranks that hold a part each, and whose fp32 results are added
+by the same tree (``add_pieces``), have the bits of one rank.
 """
 
 from __future__ import annotations
 
 import math
-import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import ShapeError, UnsupportedError
-from ..numerics import as_bits
+from ..errors import ArgumentError, ShapeError, UnsupportedError
 from ..registry import OpSpec, register_spec
 from . import _exact
 from ._library import check_dtype, check_same, register_op, require_no_grad
+from ._packed_weights import packed_transpose
 from ._triton import device_guard, tl, triton
 
-__all__ = ["addmm", "baddbmm", "bmm", "linear", "linear_reference", "mm"]
+__all__ = ["add_pieces", "addmm", "baddbmm", "bmm", "linear", "linear_reference", "mm"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Tile:
 HOPPER_TILES = ((16, Tile(16, 64, 128, 4, 4)), (64, Tile(64, 64, 64, 4, 4)), (None, Tile(128, 128, 64, 8, 3)))
 GENERIC_TILES = ((None, Tile(32, 64, 32, 4, 3)),)
 FP32_TILES = ((None, Tile(32, 32, 32, 4, 2)),)
-PACKED_LIMIT = 2**30  # bytes of packed weights kept on the CPU; weights past it are packed again at every call
+PIECES = (1, 2, 4, 8)
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,29 +56,54 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return (out if bias is None else out + bias.double()).to(x.dtype)
 
 
+@triton.jit
+def _sum_of_pieces(
+    a_ptrs, b_ptrs, a_k, b_k, row_mask, column_mask, span, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile's fp32 sum over ``COUNT`` pieces of ``span`` of k from piece ``FIRST`` on: halves of them, then those two.
+
+    ``a_ptrs`` [BLOCK_M, 1] and ``b_ptrs`` [1, BLOCK_N] are where k is 0.
+    """
+    if COUNT > 1:
+        low = _sum_of_pieces(
+            a_ptrs, b_ptrs, a_k, b_k, row_mask, column_mask, span, FIRST, COUNT // 2, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+        high = _sum_of_pieces(
+            a_ptrs, b_ptrs, a_k, b_k, row_mask, column_mask, span, FIRST + COUNT // 2, COUNT // 2,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        total = low + high
+    else:
+        ks = tl.arange(0, BLOCK_K).to(tl.int64)
+        a_ptrs += (ks[None, :] + FIRST * span) * a_k
+        b_ptrs += (ks[:, None] + FIRST * span) * b_k
+        total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for start in range(0, span, BLOCK_K):
+            k_mask = ks < span - start
+            a = tl.load(a_ptrs, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=k_mask[:, None] & column_mask[None, :], other=0.0)
+            total = tl.dot(a, b, total, input_precision="ieee")
+            a_ptrs += BLOCK_K * a_k
+            b_ptrs += BLOCK_K * b_k
+    return total
+
+
 @triton.jit(do_not_specialize=["M", "alpha", "beta"])
 def _matmul_kernel(
-    a_ptr, b_ptr, bias_ptr, out_ptr, M, N, K, alpha: tl.float32, beta: tl.float32,
+    a_ptr, b_ptr, bias_ptr, out_ptr, M, N, span, alpha: tl.float32, beta: tl.float32,
     a_batch, a_row, a_k, b_batch, b_k, b_column, bias_batch, bias_row, bias_column, out_batch,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PIECES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_M, BLOCK_N] tile of one product of the batch; ``out`` is contiguous."""
     batch = tl.program_id(2).to(tl.int64)  # int64: products of sizes and strides pass 2**31
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K).to(tl.int64)
     row_mask = rows < M
     column_mask = columns < N
-    a_ptrs = a_ptr + batch * a_batch + rows[:, None] * a_row + ks[None, :] * a_k
-    b_ptrs = b_ptr + batch * b_batch + ks[:, None] * b_k + columns[None, :] * b_column
-    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k_mask = ks < K - start
-        a = tl.load(a_ptrs, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=k_mask[:, None] & column_mask[None, :], other=0.0)
-        total = tl.dot(a, b, total, input_precision="ieee")
-        a_ptrs += BLOCK_K * a_k
-        b_ptrs += BLOCK_K * b_k
+    a_ptrs = a_ptr + batch * a_batch + rows[:, None] * a_row
+    b_ptrs = b_ptr + batch * b_batch + columns[None, :] * b_column
+    total = _sum_of_pieces(a_ptrs, b_ptrs, a_k, b_k, row_mask, column_mask, span, 0, PIECES, BLOCK_M, BLOCK_N, BLOCK_K)
     mask = row_mask[:, None] & column_mask[None, :]
     if HAS_BIAS:
         bias_ptrs = bias_ptr + batch * bias_batch + rows[:, None] * bias_row + columns[None, :] * bias_column
@@ -100,11 +128,13 @@ def launch(
     beta: float = 1.0,
     alpha: float = 1.0,
     tile: Tile | None = None,
+    pieces: int = 1,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """``alpha * a @ b + beta * bias`` for a [B, M, K], b [B, K, N] and a bias that broadcasts to [B, M, N]."""
     batch, m, k = a.shape
     n = b.shape[-1]
-    out = torch.empty((batch, m, n), dtype=a.dtype, device=a.device)
+    out = torch.empty((batch, m, n), dtype=out_dtype or a.dtype, device=a.device)
     if out.numel() == 0:
         return out
     if tile is None:
@@ -113,45 +143,12 @@ def launch(
     grid = (triton.cdiv(m, tile.m), triton.cdiv(n, tile.n), batch)
     with device_guard(a):
         _matmul_kernel[grid](
-            a, b, bias, out, m, n, k, alpha, beta, *a.stride(), *b.stride(),
+            a, b, bias, out, m, n, k // pieces, alpha, beta, *a.stride(), *b.stride(),
             *((0, 0, 0) if bias is None else bias.stride()), m * n,
-            HAS_BIAS=bias is not None, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+            HAS_BIAS=bias is not None, PIECES=pieces, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out
-
-
-class _PackedWeights:
-    """Weights as the exact CPU product wants them, kept while the weight lives and its bits stay the same."""
-
-    def __init__(self) -> None:
-        self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._lock = threading.Lock()
-
-    def get(self, weight: torch.Tensor) -> _exact.Packed:
-        """The packed transpose of ``weight`` [N, K]."""
-        kept = self._kept.get(weight)
-        # Compared by value: a write through .data or another alias leaves the version counter alone.
-        if kept is not None and torch.equal(kept[0], _as_words(weight)):
-            packed: _exact.Packed = kept[1]
-            return packed
-        packed = _exact.pack(weight.t())
-        size = sum(chunk.nbytes for chunk in packed.chunks)
-        with self._lock:
-            self._kept.pop(weight, None)
-            if size + sum(c.nbytes for _, other in self._kept.values() for c in other.chunks) <= PACKED_LIMIT:
-                self._kept[weight] = (_as_words(weight).clone(), packed)
-        return packed
-
-
-def _as_words(weight: torch.Tensor) -> torch.Tensor:
-    """The bits of ``weight``, eight bytes at a time if they can be had without a copy: the quickest to compare."""
-    if weight.is_contiguous() and weight.nbytes % 8 == 0 and weight.data_ptr() % 8 == 0:
-        return weight.detach().view(-1).view(torch.int64)
-    return as_bits(weight.detach())
-
-
-_packed_weights = _PackedWeights()
 
 
 def _validate(op: str, a: torch.Tensor, b: torch.Tensor, dims: int) -> None:
@@ -169,36 +166,69 @@ def _validate_bias(op: str, bias: torch.Tensor, like: torch.Tensor, shape: tuple
         raise ShapeError(f"{op}: bias has shape {tuple(bias.shape)}, want one that broadcasts to {shape}")
 
 
-def _validate_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def check_pieces(op: str, pieces: int, k: int, multiple: int = 1) -> None:
+    """ArgumentError unless k can be cut in so many equal pieces, each of a multiple of ``multiple``."""
+    if pieces not in PIECES or (pieces > 1 and k % (pieces * multiple)):
+        wanted = ", ".join(map(str, PIECES))
+        raise ArgumentError(
+            f"{op}: pieces is {pieces} and K {k}, want one of {wanted}, and K a multiple of pieces * {multiple}"
+        )
+
+
+def _validate_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pieces: int) -> None:
     check_dtype("linear", "x", x)
     check_same("linear", "weight", weight, "x", x)
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ShapeError(
             f"linear: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, want [..., K], [N, K]"
         )
+    check_pieces("linear", pieces, x.shape[-1])
     if bias is not None:
         _validate_bias("linear", bias, x, (weight.shape[0],))
 
 
-def _linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    _validate_linear(x, weight, bias)
+def _linear_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pieces: int = 1,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    _validate_linear(x, weight, bias, pieces)
     if 0 in (x.numel(), weight.numel()):
-        return linear_reference(x, weight, bias)
-    out = _exact.matmul_packed(x.reshape(-1, x.shape[-1]), _packed_weights.get(weight))
+        return linear_reference(x, weight, bias).to(out_dtype or x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    if pieces == 1:
+        out = _exact.matmul_packed(rows, packed_transpose(weight))
+    else:
+        parts = zip(rows.chunk(pieces, 1), weight.chunk(pieces, 1), strict=True)
+        out = add_pieces([_exact.rounded_to(_exact.exact_matmul(a, w.t()), torch.float32) for a, w in parts]).double()
     out = out if bias is None else out + bias.double()
-    return _exact.rounded_to(out, x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return _exact.rounded_to(out, out_dtype or x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_cuda(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    _validate_linear(x, weight, bias)
+def _linear_cuda(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pieces: int = 1,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    _validate_linear(x, weight, bias, pieces)
     rows = math.prod(x.shape[:-1])  # not -1: with K = 0 it would be ambiguous
-    out = launch(x.reshape(1, rows, x.shape[-1]), weight.t().unsqueeze(0), bias)
+    out = launch(x.reshape(1, rows, x.shape[-1]), weight.t().unsqueeze(0), bias, pieces=pieces, out_dtype=out_dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    _validate_linear(x, weight, bias)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _linear_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pieces: int = 1,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    _validate_linear(x, weight, bias, pieces)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype or x.dtype)
 
 
 def _baddbmm_cpu(
@@ -236,7 +266,7 @@ def _validate_baddbmm(bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tenso
 
 
 _linear = register_op(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, int pieces=1, ScalarType? out_dtype=None) -> Tensor",
     cpu=_linear_cpu, cuda=_linear_cuda, fake=_linear_fake,
 )  # fmt: skip
 _baddbmm = register_op(
@@ -245,26 +275,51 @@ _baddbmm = register_op(
 )  # fmt: skip
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, pieces: int = 1,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
     """``x @ weight.T + bias``, as torch.nn.functional.linear.
 
     Args:
         x: [..., K], fp32, fp16 or bf16, any strides.
         weight: [N, K] of x's dtype, any strides. On the CPU it is packed once and kept while its bits stay the same.
         bias: [N] of x's dtype, or None.
+        pieces: 1, 2, 4 or 8: equal pieces of K, whose fp32 sums are added by a tree; see the module docstring.
+        out_dtype: fp32 for sums that ``add_pieces`` goes on with; default x's.
 
     Returns:
-        [..., N] of x's dtype: fp32 accumulation (exact on the CPU), bias added in fp32, rounded once.
+        [..., N] of ``out_dtype``: fp32 accumulation (exact on the CPU), bias added in fp32, rounded once.
 
-    Invariance: each output row's bits depend on its row of x, weight and bias alone; see the module docstring.
+    Invariance: a row's bits depend on its row of x, weight, bias and ``pieces`` alone; see the module docstring.
 
     Raises:
         ShapeError, DtypeError, DeviceError: before anything is computed.
+        ArgumentError: K cannot be cut so.
         UnsupportedError: autograd would record the call.
     """
     require_no_grad("linear", x, weight, bias)
-    result: torch.Tensor = _linear(x, weight, bias)
+    result: torch.Tensor = _linear(x, weight, bias, pieces, out_dtype)
     return result
+
+
+def add_pieces(sums: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of 1, 2, 4 or 8 fp32 tensors of one shape, of ranks in their order, by the tree of ``linear``'s pieces.
+
+    Invariance: elementwise. The bits are those of one rank with all of K if each has ``pieces`` less by their number.
+
+    Raises:
+        ArgumentError: another number of them.
+        DtypeError: not fp32, whose sums the tree has.
+    """
+    if len(sums) not in PIECES:
+        raise ArgumentError(f"add_pieces: {len(sums)} tensors, want {', '.join(map(str, PIECES))}")
+    for tensor in sums:
+        check_dtype("add_pieces", "a sum", tensor, (torch.float32,))
+    level = list(sums)
+    while len(level) > 1:
+        level = [low + high for low, high in zip(level[::2], level[1::2], strict=True)]
+    return level[0]
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

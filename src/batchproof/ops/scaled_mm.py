@@ -28,6 +28,7 @@ from . import _exact
 from ._library import FLOAT_DTYPES, check_dtype, register_op, require_no_grad
 from ._quantize import quantize_per_token_reference
 from ._triton import device_guard, tl, triton
+from .linear import add_pieces, check_pieces
 
 __all__ = ["scaled_mm", "scaled_mm_reference"]
 
@@ -77,44 +78,73 @@ def scaled_mm_reference(
     return (out if bias is None else out + bias.double()).to(out_dtype)
 
 
+@triton.jit
+def _sum_of_pieces(
+    a_ptrs, b_ptrs, scale_a_ptrs, scale_b_ptrs, row_mask, column_mask, span, scale_a_group, scale_b_group,
+    FIRST: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr, SWAP: tl.constexpr, GROUP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile's fp32 sum over ``COUNT`` pieces of ``span`` of k from piece ``FIRST`` on: halves of them, then those two.
+
+    ``a_ptrs`` [BLOCK_M, 1] and ``b_ptrs`` [BLOCK_N, 1] are where k is 0, the pointers of scales where the group is 0.
+    """
+    if COUNT > 1:
+        low = _sum_of_pieces(
+            a_ptrs, b_ptrs, scale_a_ptrs, scale_b_ptrs, row_mask, column_mask, span, scale_a_group, scale_b_group,
+            FIRST, COUNT // 2, BLOCKS, SWAP, GROUP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        high = _sum_of_pieces(
+            a_ptrs, b_ptrs, scale_a_ptrs, scale_b_ptrs, row_mask, column_mask, span, scale_a_group, scale_b_group,
+            FIRST + COUNT // 2, COUNT // 2, BLOCKS, SWAP, GROUP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        total = low + high
+    else:
+        ks = tl.arange(0, BLOCK_K)
+        a_ptrs += FIRST * span + ks[None, :]
+        b_ptrs += FIRST * span + ks[None, :]
+        total = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for start in range(0, span, BLOCK_K):
+            k_mask = ks[None, :] < span - start
+            a = tl.load(a_ptrs + start, mask=row_mask[:, None] & k_mask, other=0.0)
+            b = tl.load(b_ptrs + start, mask=column_mask[:, None] & k_mask, other=0.0)
+            if BLOCKS:
+                group = (FIRST * span + start) // GROUP_K
+                scale_a = tl.load(scale_a_ptrs + group * scale_a_group, mask=row_mask, other=0.0)
+                scale_b = tl.load(scale_b_ptrs + group * scale_b_group, mask=column_mask, other=0.0)
+                if SWAP:
+                    total += tl.dot(b, a.T, max_num_imprecise_acc=GROUP_K) * (scale_b[:, None] * scale_a[None, :])
+                else:
+                    total += tl.dot(a, b.T, max_num_imprecise_acc=GROUP_K) * (scale_a[:, None] * scale_b[None, :])
+            elif SWAP:
+                total = tl.dot(b, a.T, total, max_num_imprecise_acc=GROUP_K)
+            else:
+                total = tl.dot(a, b.T, total, max_num_imprecise_acc=GROUP_K)
+    return total
+
+
 @triton.jit(do_not_specialize=["M"])
 def _scaled_mm_kernel(
-    a_ptr, b_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, M, N, K, a_row, b_column,
+    a_ptr, b_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, M, N, span, a_row, b_column,
     scale_a_row, scale_a_group, scale_b_group, scale_b_column,
-    HAS_BIAS: tl.constexpr, BLOCKS: tl.constexpr, SWAP: tl.constexpr, GROUP_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PIECES: tl.constexpr, BLOCKS: tl.constexpr, SWAP: tl.constexpr, GROUP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_M, BLOCK_N] tile, held as its transpose if SWAP. k is the fastest axis of both operands."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # int64: products pass 2**31
     columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
     row_mask, column_mask = rows < M, columns < N
-    a_ptrs = a_ptr + rows[:, None] * a_row + ks[None, :]
-    b_ptrs = b_ptr + columns[:, None] * b_column + ks[None, :]
-    total = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k_mask = ks[None, :] < K - start
-        a = tl.load(a_ptrs + start, mask=row_mask[:, None] & k_mask, other=0.0)
-        b = tl.load(b_ptrs + start, mask=column_mask[:, None] & k_mask, other=0.0)
-        if BLOCKS:
-            group = start // GROUP_K
-            scale_a = tl.load(scale_a_ptr + rows * scale_a_row + group * scale_a_group, mask=row_mask, other=0.0)
-            scale_b = tl.load(
-                scale_b_ptr + group * scale_b_group + columns // GROUP_K * scale_b_column, mask=column_mask, other=0.0
-            )
-            if SWAP:
-                total += tl.dot(b, a.T, max_num_imprecise_acc=GROUP_K) * (scale_b[:, None] * scale_a[None, :])
-            else:
-                total += tl.dot(a, b.T, max_num_imprecise_acc=GROUP_K) * (scale_a[:, None] * scale_b[None, :])
-        elif SWAP:
-            total = tl.dot(b, a.T, total, max_num_imprecise_acc=GROUP_K)
-        else:
-            total = tl.dot(a, b.T, total, max_num_imprecise_acc=GROUP_K)
+    scale_a_ptrs = scale_a_ptr + rows * scale_a_row
+    scale_b_ptrs = scale_b_ptr + (columns // GROUP_K if BLOCKS else columns) * scale_b_column
+    total = _sum_of_pieces(
+        a_ptr + rows[:, None] * a_row, b_ptr + columns[:, None] * b_column, scale_a_ptrs, scale_b_ptrs,
+        row_mask, column_mask, span, scale_a_group, scale_b_group,
+        0, PIECES, BLOCKS, SWAP, GROUP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if SWAP:
         total = total.T
     if not BLOCKS:
-        scale_b = tl.load(scale_b_ptr + columns * scale_b_column, mask=column_mask, other=0.0)
-        scale_a = tl.load(scale_a_ptr + rows * scale_a_row, mask=row_mask, other=0.0)
+        scale_b = tl.load(scale_b_ptrs, mask=column_mask, other=0.0)
+        scale_a = tl.load(scale_a_ptrs, mask=row_mask, other=0.0)
         total = total * scale_b[None, :] * scale_a[:, None]
     if HAS_BIAS:
         total += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
@@ -131,7 +161,7 @@ def tiles_for(device: torch.device, blocks: bool) -> tuple[tuple[int | None, Til
 
 def launch(
     a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: torch.Tensor | None,
-    out_dtype: torch.dtype, tile: Tile | None = None,
+    out_dtype: torch.dtype, tile: Tile | None = None, pieces: int = 1,
 ) -> torch.Tensor:  # fmt: skip
     """``scaled_mm`` by the kernel: on a GPU, or on CPU tensors in Triton's interpreter."""
     (m, k), n = a.shape, b.shape[1]
@@ -146,8 +176,9 @@ def launch(
     grid = (triton.cdiv(m, tile.m), triton.cdiv(n, tile.n))
     with device_guard(a):
         _scaled_mm_kernel[grid](
-            a, b, rows, columns, bias, out, m, n, k, a.stride(0), b.stride(0), *rows.stride(), *columns.stride(),
-            HAS_BIAS=bias is not None, BLOCKS=blocks, SWAP=tile.swap, GROUP_K=GROUP,
+            a, b, rows, columns, bias, out, m, n, k // pieces, a.stride(0), b.stride(0),
+            *rows.stride(), *columns.stride(),
+            HAS_BIAS=bias is not None, PIECES=pieces, BLOCKS=blocks, SWAP=tile.swap, GROUP_K=GROUP,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
@@ -192,7 +223,7 @@ def _expanded(scale: torch.Tensor, size: int, shapes: tuple[tuple[int, ...], ...
 
 def _validate(
     a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, pieces: int,
 ) -> None:  # fmt: skip
     for name, tensor, wanted in (("a", a, FP8), ("b", b, FP8), ("scale_a", scale_a, None), ("scale_b", scale_b, None)):
         check_dtype("scaled_mm", name, tensor, (wanted or torch.float32,))
@@ -201,6 +232,7 @@ def _validate(
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
         raise ShapeError(f"scaled_mm: shapes {tuple(a.shape)} and {tuple(b.shape)}, want [M, K] and [K, N]")
     _scales(a, b, scale_a, scale_b)
+    check_pieces("scaled_mm", pieces, a.shape[1], GROUP)
     if bias is not None:
         check_dtype("scaled_mm", "bias", bias, (out_dtype,))
         if tuple(bias.shape) != (b.shape[1],):
@@ -209,45 +241,64 @@ def _validate(
 
 def _scaled_mm_cpu(
     a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, pieces: int = 1,
 ) -> torch.Tensor:  # fmt: skip
-    _validate(a, b, scale_a, scale_b, bias, out_dtype)
+    _validate(a, b, scale_a, scale_b, bias, out_dtype, pieces)
     if a.shape[1] == 0 or b.numel() == 0:
         return scaled_mm_reference(a, b, scale_a, scale_b, bias, out_dtype)
     rows, columns = _scales(a, b, scale_a, scale_b)
     columns = _of_every_column(columns, b.shape[1])
     left, right = a.half(), b.half()  # which hold every fp8 number
-    out = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float64)
-    for j, ks in enumerate(_groups(a.shape[1], rows.shape[1])):
-        out += _exact.exact_matmul(left[:, ks], right[ks]) * (rows[:, j : j + 1].double() * columns[j].double())
+    sums = []
+    for ks in _equal(a.shape[1], pieces):
+        total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float64)
+        for j, group in _groups_in(ks, rows.shape[1]):
+            scale = rows[:, j : j + 1].double() * columns[j].double() if rows.shape[1] > 1 else 1.0
+            total += _exact.exact_matmul(left[:, group], right[group]) * scale
+        sums.append(total)
+    if pieces > 1:  # as on a GPU: a tree of fp32 sums
+        sums = [add_pieces([_exact.rounded_to(total, torch.float32) for total in sums]).double()]
+    out = sums[0] if rows.shape[1] > 1 else sums[0] * (rows.double() * columns.double())
     return _exact.rounded_to(out if bias is None else out + bias.double(), out_dtype)
+
+
+def _equal(k: int, pieces: int) -> list[slice]:
+    return [slice(k // pieces * i, k // pieces * (i + 1)) for i in range(pieces)]
+
+
+def _groups_in(ks: slice, scales: int) -> list[tuple[int, slice]]:
+    """The groups of k of a piece that have a scale of their own, with its number."""
+    if scales == 1:
+        return [(0, ks)]
+    return [(first // GROUP, slice(first, min(first + GROUP, ks.stop))) for first in range(ks.start, ks.stop, GROUP)]
 
 
 def _scaled_mm_cuda(
     a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, pieces: int = 1,
 ) -> torch.Tensor:  # fmt: skip
-    _validate(a, b, scale_a, scale_b, bias, out_dtype)
-    return launch(a, b, scale_a, scale_b, None if bias is None else bias.contiguous(), out_dtype)
+    _validate(a, b, scale_a, scale_b, bias, out_dtype, pieces)
+    return launch(a, b, scale_a, scale_b, None if bias is None else bias.contiguous(), out_dtype, pieces=pieces)
 
 
 def _scaled_mm_fake(
     a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, pieces: int = 1,
 ) -> torch.Tensor:  # fmt: skip
-    _validate(a, b, scale_a, scale_b, bias, out_dtype)
+    _validate(a, b, scale_a, scale_b, bias, out_dtype, pieces)
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 
 _scaled_mm = register_op(
-    "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype, "
+    "int pieces=1) -> Tensor",
     cpu=_scaled_mm_cpu, cuda=_scaled_mm_cuda, fake=_scaled_mm_fake,
 )  # fmt: skip
 
 
 def scaled_mm(
     a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: torch.Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype = torch.bfloat16, *, pieces: int = 1,
 ) -> torch.Tensor:  # fmt: skip
     """``a @ b`` of fp8 matrices, times their scales, plus a bias.
 
@@ -259,6 +310,8 @@ def scaled_mm(
             blocks of 128 by 128, [ceil(K / 128), ceil(N / 128)].
         bias: [N] of ``out_dtype``, or None.
         out_dtype: bf16, fp16 or fp32.
+        pieces: 1, 2, 4 or 8: equal pieces of K, multiples of 128, whose fp32 sums are added by a tree, before they are
+            scaled where a scale is a row's or a column's; see ``linear``.
 
     Returns:
         [M, N] of ``out_dtype``, contiguous: scaled and biased in fp32 (exact on the CPU), rounded once.
@@ -268,10 +321,11 @@ def scaled_mm(
 
     Raises:
         ShapeError, DtypeError: before anything is computed.
+        ArgumentError: K cannot be cut so.
         UnsupportedError: autograd would record the call.
     """
     require_no_grad("scaled_mm", scale_a, scale_b, bias)
-    result: torch.Tensor = _scaled_mm(a, b, scale_a, scale_b, bias, out_dtype)
+    result: torch.Tensor = _scaled_mm(a, b, scale_a, scale_b, bias, out_dtype, pieces)
     return result
 
 
