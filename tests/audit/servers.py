@@ -266,6 +266,10 @@ class Handler(BaseHTTPRequestHandler):
         if failing:
             return self.answer(500, {"error": f"out of luck, {self.headers['Authorization']}"})
         self.submitted = True
+        if self.path == "/v1/chat/completions":
+            assert body["logprobs"] is True
+            body |= {"prompt": body["messages"][0]["content"], "logprobs": body["top_logprobs"]}
+            return self.answer(200, chat_completion(self.server.engine.submit(body)))
         return self.answer(200, self.server.describe(self.server.engine.submit(body)))
 
     def answer(self, status, body):
@@ -306,6 +310,20 @@ def completion(sequence):
     logprobs = {"tokens": tokens, "token_logprobs": sequence.logprobs, "top_logprobs": sequence.tops}
     usage = {"prompt_tokens": len(sequence.prompt), "prompt_tokens_details": {"cached_tokens": sequence.cached}}
     return {"choices": [{"text": "".join(tokens), "logprobs": logprobs, "finish_reason": "length"}], "usage": usage}
+
+
+def chat_completion(sequence):
+    """The same answer as chat has it."""
+    body = completion(sequence)
+    (choice,) = body["choices"]
+    found = choice.pop("logprobs")
+    columns = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
+    content = [
+        {"token": token, "logprob": value, "top_logprobs": [{"token": t, "logprob": v} for t, v in top.items()]}
+        for token, value, top in columns
+    ]
+    choice |= {"message": {"role": "assistant", "content": choice.pop("text")}, "logprobs": {"content": content}}
+    return body
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from servers import CONTROLS, MUTANTS, CacheMerges, Engine, HalvesFromFive, Tile
 from batchproof.audit.report import Report
 from batchproof.audit.server import audit_server
 from batchproof.audit.server.client import Client, _read, difference
+from batchproof.audit.server.dialect import CHAT, COMPLETIONS
 from batchproof.errors import ArgumentError
 
 
@@ -110,7 +111,7 @@ def test_the_reproduction_shows_the_difference_and_nothing_where_there_is_none(e
 def test_another_machine_is_refused(url):
     with pytest.raises(ArgumentError, match="want this machine"):
         audit_server(url, "m")
-    assert Client(url, "m", None, allow_remote=True).url.startswith(url.removesuffix("/v1"))
+    assert Client(url, "m", None, True, COMPLETIONS).url.startswith(url.removesuffix("/v1"))
 
 
 def test_a_name_is_loopback_only_if_all_its_addresses_are(monkeypatch):
@@ -119,7 +120,9 @@ def test_a_name_is_loopback_only_if_all_its_addresses_are(monkeypatch):
     with pytest.raises(ArgumentError, match=r"192\.0\.2\.7"):
         audit_server("http://both.example:8000", "m")
     addresses.pop()
-    assert Client("http://one.example:8000", "m", None, False).url == "http://one.example:8000/v1/completions"
+    assert (
+        Client("http://one.example:8000", "m", None, False, COMPLETIONS).url == "http://one.example:8000/v1/completions"
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,10 @@ def test_another_model_is_not_audited():
 
 @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
 def test_v1_may_be_left_out(ending):
-    assert Client(f"http://127.0.0.1:8000{ending}", "m", None, False).url == "http://127.0.0.1:8000/v1/completions"
+    assert (
+        Client(f"http://127.0.0.1:8000{ending}", "m", None, False, COMPLETIONS).url
+        == "http://127.0.0.1:8000/v1/completions"
+    )
 
 
 def without(*path):
@@ -314,7 +320,7 @@ def answer(**changed):
         "top_logprobs": [{"a": -0.5, "c": -3}, {"b": -1.5}],
     }
     choice = {"text": "ab", "finish_reason": "length", "logprobs": logprobs | changed.pop("logprobs", {})} | changed
-    return _read(json.dumps({"choices": [choice]}), 0.0, 1.0)
+    return _read(json.dumps({"choices": [choice]}), 0.0, 1.0, COMPLETIONS)
 
 
 @pytest.mark.parametrize(
@@ -333,3 +339,28 @@ def test_answers_are_compared_exactly(changed, output, index):
     found = difference("short", answer(), answer(**changed))
     assert (found.output, found.index) == (f"{output} of the short probe", (index,))
     assert difference("short", answer(**changed), answer(**changed)) is None
+
+
+def test_chat_says_the_same_of_a_server_as_completions(capsys):
+    with serving(HalvesFromFive(quiet_s=0.03)) as varies, serving(Engine(quiet_s=0.03)) as holds:
+        report = run(varies, max_concurrency=8, chat=True)
+        assert (report.cause.relation, report.cause.threshold) == ("concurrency", 5)
+        exec(report.reproduction, {})
+        assert "/v1/chat/completions" in report.reproduction
+        assert capsys.readouterr().out.startswith("differs:\n")
+        exec(report.reproduction.replace(str(varies.server_port), str(holds.server_port)), {})
+        assert capsys.readouterr().out.startswith("the same\n")
+        assert run(holds, chat=True).verdict == "holds"
+
+
+def test_a_chat_answer_holds_what_a_completion_does():
+    top = [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -1.0}]
+    content = [{"token": "a", "logprob": -0.5, "top_logprobs": top}]
+    choice = {"message": {"content": "a"}, "finish_reason": "stop", "logprobs": {"content": content}}
+    chat = _read(json.dumps({"choices": [choice]}), 0.0, 1.0, CHAT)
+    logprobs = {"tokens": ["a"], "token_logprobs": [-0.5], "top_logprobs": [{"a": -0.5, "b": -1.0}]}
+    plain = {"text": "a", "finish_reason": "stop", "logprobs": logprobs}
+    assert chat == _read(json.dumps({"choices": [plain]}), 0.0, 1.0, COMPLETIONS)
+    for absent in (None, {}, {"content": None}, {"content": []}):
+        failure = _read(json.dumps({"choices": [choice | {"logprobs": absent}]}), 0.0, 1.0, CHAT)
+        assert "an answer without logprobs" in failure.reason

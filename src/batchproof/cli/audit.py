@@ -103,6 +103,7 @@ def add_audit(commands: Any) -> None:
     server.add_argument("--max-concurrency", type=int, default=300, metavar="N", help="default 300")
     server.add_argument("--max-requests", type=int, default=4000, metavar="N", help="default 4000")
     server.add_argument("--max-tokens", type=int, default=16, metavar="N", help="of an answer; default 16")
+    server.add_argument("--chat", action="store_true", help="ask /v1/chat/completions, not /v1/completions")
     server.add_argument("--limit", type=float, default=600.0, metavar="SECONDS", help="default 600")
     server.add_argument("--allow-remote", action="store_true", help="an address that is not this machine's")
     server.add_argument("--api-key-file", type=Path, metavar="FILE", help="holds the key, if one is wanted")
@@ -185,8 +186,9 @@ def _audit_server(options: argparse.Namespace) -> int:
     with _reporting("audit server") as progress:
         report = audit_server(
             options.base_url, options.model, max_concurrency=options.max_concurrency, limit_s=options.limit,
-            max_requests=options.max_requests, max_tokens=options.max_tokens, allow_remote=options.allow_remote,
-            require=options.require, progress=progress, api_key=key, seed=options.seed,
+            max_requests=options.max_requests, max_tokens=options.max_tokens, chat=options.chat,
+            allow_remote=options.allow_remote, require=options.require, progress=progress, api_key=key,
+            seed=options.seed,
         )  # fmt: skip
     return _finish(report, options)
 

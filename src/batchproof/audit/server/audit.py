@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from ..._version import __version__
 from ...errors import ArgumentError
 from ..report import Report, Series
-from .client import TOP_LOGPROBS, Bounded, Client
+from .client import Bounded, Client
+from .dialect import CHAT, COMPLETIONS, TOP_LOGPROBS
 from .relations import RELATIONS, Relations
 from .storm import reproduction
 
@@ -23,6 +24,7 @@ def audit_server(
     max_requests: int = 4000,
     limit_s: float = 600.0,
     max_tokens: int = 16,
+    chat: bool = False,
     allow_remote: bool = False,
     require: Sequence[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
@@ -34,12 +36,13 @@ def audit_server(
     A request that fails is never sent again: its relation is not exercised, and the audit cannot hold.
 
     Args:
-        base_url: such as "http://127.0.0.1:8000/v1", with or without "/v1"; it has ``completions`` with logprobs.
+        base_url: such as "http://127.0.0.1:8000/v1", with or without "/v1"; it answers with logprobs.
         model: the name the server knows it by.
         max_concurrency: the most requests at once, from 2.
         max_requests: completions asked for in all.
         limit_s: seconds for the whole audit.
         max_tokens: tokens of an answer.
+        chat: ask ``chat/completions``, each prompt as a user's message, rather than ``completions``.
         allow_remote: whether the server may be on another machine.
         require: relations without which the audit fails; "concurrency" always is one.
         progress: called with (relation, completions asked for so far, ``max_requests``).
@@ -54,7 +57,7 @@ def audit_server(
     if unknown:
         raise ArgumentError(f"require names {', '.join(unknown)}, want of {', '.join(RELATIONS)}")
     began = time.monotonic()
-    client = Client(base_url, model, api_key, allow_remote)
+    client = Client(base_url, model, api_key, allow_remote, CHAT if chat else COMPLETIONS)
     bounded = Bounded(client, max_requests, began + limit_s, progress)
     described, error = client.look(limit_s)
     relations = Relations(bounded, max_concurrency, max_tokens, described.get("max_model_len"), seed)
@@ -63,7 +66,9 @@ def audit_server(
     if bounded.failures:  # whatever held: an answer that did not come is not an equal one
         error = f"{len(bounded.failures)} of {bounded.sent} requests were not answered: {bounded.failures[0].reason}"
     cause = next((finding for finding in relations.findings if finding.difference), None)
-    shown = reproduction(client.url, model, cause.storm, max_tokens, cause.scene) if cause and cause.storm else None
+    shown = None
+    if cause and cause.storm:
+        shown = reproduction(client.url, model, cause.storm, max_tokens, cause.scene, client.dialect)
     return Report(
         "server",
         f"{model} at {base_url}",
@@ -74,7 +79,7 @@ def audit_server(
         required=tuple(dict.fromkeys(("concurrency", *require))),
         settings={
             "base_url": base_url, "model": model, "max_concurrency": max_concurrency, "max_requests": max_requests,
-            "limit_s": limit_s, "max_tokens": max_tokens, "allow_remote": allow_remote, "seed": seed,
+            "limit_s": limit_s, "max_tokens": max_tokens, "chat": chat, "allow_remote": allow_remote, "seed": seed,
         },
         environment={"server": str(described.get("owned_by", "unknown")), "batchproof": __version__},
         seconds=time.monotonic() - began,

@@ -19,10 +19,10 @@ from urllib.parse import SplitResult, urlsplit
 
 from ...errors import ArgumentError
 from ..report import Difference
+from .dialect import Dialect
 
-__all__ = ["TOP_LOGPROBS", "Answer", "Bounded", "Client", "Failure", "Request", "StoppedError", "difference"]
+__all__ = ["Answer", "Bounded", "Client", "Failure", "Request", "StoppedError", "difference"]
 
-TOP_LOGPROBS = 5  # what OpenAI's own completions allow
 _TIMEOUT_S = 120.0  # for one answer; the audit's own limit may leave less
 _POLL_S = 0.02
 _RUNNING = re.compile(r"^vllm:num_requests_running(?:\{[^}]*\})?\s+([0-9.eE+-]+)", re.MULTILINE)
@@ -68,7 +68,7 @@ class Failure:
 class Client:
     """Sends requests to one model of one server."""
 
-    def __init__(self, base_url: str, model: str, api_key: str | None, allow_remote: bool) -> None:
+    def __init__(self, base_url: str, model: str, api_key: str | None, allow_remote: bool, dialect: Dialect) -> None:
         parts = _checked(base_url, allow_remote)
         secure = parts.scheme == "https"
         self._connection = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -78,8 +78,8 @@ class Client:
         self._key = api_key
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
-        self._model = model
-        self.url = f"{parts.scheme}://{parts.netloc}{self._root}/v1/completions"
+        self._model, self.dialect = model, dialect
+        self.url = f"{parts.scheme}://{parts.netloc}{self._root}/v1/{dialect.path}"
         self.running: float | None = None  # the most that the server's own metric counted while requests were sent
 
     def look(self, limit_s: float) -> tuple[dict[str, Any], str | None]:
@@ -148,13 +148,13 @@ class Client:
 
     def _ask(self, link: http.client.HTTPConnection, request: Request) -> Failure | None:
         body: dict[str, Any] = {
-            "model": self._model, "prompt": request.prompt, "max_tokens": request.max_tokens,
-            "temperature": request.temperature, "logprobs": TOP_LOGPROBS,
+            "model": self._model, "max_tokens": request.max_tokens, "temperature": request.temperature,
+            **self.dialect.ask(request.prompt),
         }  # fmt: skip
         if request.seed is not None:
             body["seed"] = request.seed
         try:
-            link.request("POST", f"{self._root}/v1/completions", json.dumps(body), self._headers)
+            link.request("POST", f"{self._root}/v1/{self.dialect.path}", json.dumps(body), self._headers)
         except (OSError, http.client.HTTPException) as error:
             return Failure(f"not sent: {error or type(error).__name__}")
         return None
@@ -166,7 +166,7 @@ class Client:
             response = link.getresponse()
             text = response.read().decode()
             done = time.monotonic()
-            answer = _read(text, sent, done)
+            answer = _read(text, sent, done, self.dialect)
             if response.status != 200:
                 answer = Failure(f"HTTP {response.status}: {text[:200]}")
             return Failure(self._hide(answer.reason)) if isinstance(answer, Failure) else answer
@@ -301,25 +301,24 @@ def _checked(base_url: str, allow_remote: bool) -> SplitResult:
     return parts
 
 
-def _read(text: str, sent: float, done: float) -> Answer | Failure:
-    """A completion's JSON; NaN and infinities are read as their names, which compare equal to themselves."""
+def _read(text: str, sent: float, done: float, dialect: Dialect) -> Answer | Failure:
+    """An answer's JSON; NaN and infinities are read as their names, which compare equal to themselves."""
     try:
         body = json.loads(text, parse_constant=str)
         (choice,) = body["choices"]
-        logprobs = choice["logprobs"]
-        if not isinstance(logprobs, dict) or not logprobs.get("token_logprobs"):
-            return Failure(f"an answer without logprobs: {json.dumps(logprobs)[:200]}")
-        tops = logprobs.get("top_logprobs") or ()
+        said = dialect.read(choice)
+        if said is None:
+            return Failure(f"an answer without logprobs: {json.dumps(choice['logprobs'])[:200]}")
         content = {
-            "tokens": tuple(logprobs["tokens"]),
-            "logprobs": tuple(logprobs["token_logprobs"]),
-            "top logprobs": tuple(pair for top in tops for pair in sorted((top or {}).items())),  # JSON has no order
-            "text": (choice["text"],),
+            "tokens": said.tokens,
+            "logprobs": said.logprobs,
+            "top logprobs": tuple(pair for top in said.tops for pair in sorted(top.items())),  # JSON has no order
+            "text": (said.text,),
             "finish reason": (choice["finish_reason"],),
         }
         usage = body.get("usage") or {}
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-        flat = any(len(top) > 1 and len(set(top.values())) == 1 for top in tops if top)
+        flat = any(len(top) > 1 and len(set(top.values())) == 1 for top in said.tops)
         return Answer(content, int(usage.get("prompt_tokens") or 0), cached, flat, sent, done)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return Failure(f"not a completion ({error!r}): {text[:200]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .client import TOP_LOGPROBS
+from .dialect import Dialect
 
 __all__ = ["PLACES", "WORDS", "Probe", "Storm", "reproduction"]
 
@@ -59,7 +59,7 @@ class Storm:
         )
 
 
-def reproduction(url: str, model: str, storm: Storm, max_tokens: int, scene: str) -> str:
+def reproduction(url: str, model: str, storm: Storm, max_tokens: int, scene: str, dialect: Dialect) -> str:
     """A Python program, without dependencies, that prints whether the probe's answer "differs" or is "the same".
 
     Args:
@@ -68,12 +68,13 @@ def reproduction(url: str, model: str, storm: Storm, max_tokens: int, scene: str
         storm: the case that differed.
         max_tokens: of the probe's answer.
         scene: "storm", or what was done with the probe alone: "repeat", "cache" or "part".
+        dialect: how the server is asked.
     """
     probe = storm.probe
     seed = None if probe.seed is None else "i"
     done = _SCENES[scene].format(storm=storm, length=len(probe.prompt.split()), neighbour_seed=seed)
     return _PROGRAM.format(
-        url=url, model=model, probe=probe, max_tokens=max_tokens, top=TOP_LOGPROBS, words=_WORDS, scene=done
+        url=url, model=model, probe=probe, max_tokens=max_tokens, dialect=dialect, words=_WORDS, scene=done
     )
 
 
@@ -94,14 +95,14 @@ def ask(prompt, max_tokens={max_tokens}, seed={probe.seed}, delay=0.0):
     kind = http.client.HTTPSConnection if URL.scheme == "https" else http.client.HTTPConnection
     link = kind(URL.hostname, URL.port)
     body = dict(
-        model={model!r}, prompt=prompt, max_tokens=max_tokens, temperature={probe.temperature}, logprobs={top},
+        model={model!r}, max_tokens=max_tokens, temperature={probe.temperature}, {dialect.asked},
         **({{}} if seed is None else dict(seed=seed)),
     )
     key = os.environ.get("OPENAI_API_KEY", "none")
     headers = {{"Content-Type": "application/json", "Authorization": "Bearer " + key}}
     link.request("POST", URL.path, json.dumps(body), headers)
     choice = json.loads(link.getresponse().read(), parse_constant=str)["choices"][0]
-    return choice["text"], choice["logprobs"], choice["finish_reason"]
+    return {dialect.text}, choice["logprobs"], choice["finish_reason"]
 
 {scene}
 print("the same" if again == alone else "differs:", alone, again, sep="\\n")
