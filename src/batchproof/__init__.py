@@ -19,6 +19,7 @@ _HOMES = {
     "add_rms_norm_per_block_quant": "ops.rms_norm_quant",
     "add_rms_norm_static_fp8_quant": "ops.rms_norm_quant",
     "addmm": "ops.linear",
+    "all_reduce": "ops.all_reduce",
     "argmax": "ops.sample",
     "assert_batch_invariant": "audit.op",
     "audit_model": "audit.model",

@@ -379,10 +379,17 @@ def test_k_that_cannot_be_cut_is_named(generator):
         linear(x, weight, pieces=8)
     with pytest.raises(ArgumentError, match="pieces is 3 and K 12"):
         linear(x, weight, pieces=3)
-    with pytest.raises(ArgumentError, match="add_pieces: 3 tensors, want 1, 2, 4, 8"):
-        add_pieces([x, x, x])
+    with pytest.raises(ArgumentError, match="add_pieces: no tensor, want one or more"):
+        add_pieces([])
     with pytest.raises(DtypeError, match=r"add_pieces: a sum is torch\.float16"):
         add_pieces([x.half(), x.half()])
+
+
+def test_an_odd_number_of_sums_carries_the_last(generator):
+    a, b, c, d, e = (randn(generator, 3, 4) for _ in range(5))
+    assert first_mismatch(add_pieces([a, b, c]), (a + b) + c) is None
+    assert first_mismatch(add_pieces([a, b, c, d, e]), ((a + b) + (c + d)) + e) is None
+    assert first_mismatch(add_pieces([a]), a) is None
 
 
 @interpreted

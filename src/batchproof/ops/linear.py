@@ -304,21 +304,24 @@ def linear(
 
 
 def add_pieces(sums: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of 1, 2, 4 or 8 fp32 tensors of one shape, of ranks in their order, by the tree of ``linear``'s pieces.
+    """The sum of fp32 tensors of one shape, of ranks in their order, by the tree of ``linear``'s pieces.
 
-    Invariance: elementwise. The bits are those of one rank with all of K if each has ``pieces`` less by their number.
+    Neighbours are added, then neighbours of those sums; the last of an odd number goes on as it is. With 2, 4 or 8
+    ranks the bits are those of one rank with all of K, if each has as many times fewer ``pieces``.
+
+    Invariance: elementwise.
 
     Raises:
-        ArgumentError: another number of them.
+        ArgumentError: none is given.
         DtypeError: not fp32, whose sums the tree has.
     """
-    if len(sums) not in PIECES:
-        raise ArgumentError(f"add_pieces: {len(sums)} tensors, want {', '.join(map(str, PIECES))}")
+    if not sums:
+        raise ArgumentError("add_pieces: no tensor, want one or more")
     for tensor in sums:
         check_dtype("add_pieces", "a sum", tensor, (torch.float32,))
     level = list(sums)
     while len(level) > 1:
-        level = [low + high for low, high in zip(level[::2], level[1::2], strict=True)]
+        level = [low + high for low, high in zip(level[::2], level[1::2], strict=False)] + level[len(level) & ~1 :]
     return level[0]
 
 

@@ -72,7 +72,7 @@ def scaled_mm_reference(
     rows, columns = _scales(a, b, scale_a, scale_b)
     columns = _of_every_column(columns, b.shape[1])
     out = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float64, device=a.device)
-    for j, ks in enumerate(_groups(a.shape[1], rows.shape[1])):
+    for j, ks in _groups_in(slice(0, a.shape[1]), rows.shape[1]):
         product = a[:, ks].double() @ b[ks].double()
         out += product * (rows[:, j : j + 1].double() * columns[j].double())
     return (out if bias is None else out + bias.double()).to(out_dtype)
@@ -185,9 +185,11 @@ def launch(
     return out
 
 
-def _groups(k: int, scales: int) -> list[slice]:
-    """The k of each scale: groups of 128, or all of them."""
-    return [slice(0, k)] if scales == 1 else [slice(first, first + GROUP) for first in range(0, k, GROUP)]
+def _groups_in(ks: slice, scales: int) -> list[tuple[int, slice]]:
+    """The groups of k of a piece that have a scale of their own, with its number."""
+    if scales == 1:
+        return [(0, ks)]
+    return [(first // GROUP, slice(first, min(first + GROUP, ks.stop))) for first in range(ks.start, ks.stop, GROUP)]
 
 
 def _scales(
@@ -264,13 +266,6 @@ def _scaled_mm_cpu(
 
 def _equal(k: int, pieces: int) -> list[slice]:
     return [slice(k // pieces * i, k // pieces * (i + 1)) for i in range(pieces)]
-
-
-def _groups_in(ks: slice, scales: int) -> list[tuple[int, slice]]:
-    """The groups of k of a piece that have a scale of their own, with its number."""
-    if scales == 1:
-        return [(0, ks)]
-    return [(first // GROUP, slice(first, min(first + GROUP, ks.stop))) for first in range(ks.start, ks.stop, GROUP)]
 
 
 def _scaled_mm_cuda(
