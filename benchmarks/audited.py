@@ -6,6 +6,7 @@ Each takes tensors with one row a request and says in its body what is called.
 from __future__ import annotations
 
 import importlib
+import os
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,25 @@ def addmm(bias, input, mat2):
 def bmm(input, mat2):
     """32 products of M rows."""
     return torch.bmm(input, mat2)
+
+
+def mode_mm(input, mat2):
+    """mm as vLLM's mode has it on Hopper and Blackwell: cuBLASLt with no workspace for split-K."""
+    _starve_cublas()
+    return torch.mm(input, mat2)
+
+
+def mode_addmm(bias, input, mat2):
+    """addmm, likewise."""
+    _starve_cublas()
+    return torch.addmm(bias, input, mat2)
+
+
+def _starve_cublas() -> None:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["CUBLASLT_WORKSPACE_SIZE"] = ":16:8", "1"
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    torch.backends.cuda.preferred_blas_library("cublaslt")
 
 
 def quack_rmsnorm(x, residual, weight):

@@ -148,6 +148,10 @@ def _vllm() -> list[Case]:
         Case("vLLM batch-invariant set", op, f"{INVARIANT}:{op}", arguments, FEWER if "softmax" in op else (), True)
         for op, arguments in own.items()
     ]
+    modes += [
+        Case("vLLM batch-invariant set", f"{op}, cuBLASLt without workspace", _adapter(f"mode_{op}"), TORCH[op])
+        for op in ("mm", "addmm")
+    ]
     sampling = "vllm.v1.sample.ops"
     request = ("index=randint(0,512)[M]", "pos=randint(0,4096)[M]", "temperature=full(0.8)[512]", "seed=arange[512]")
     samplers = {

@@ -9,7 +9,7 @@ import pytest
 from batchproof import cli, doctor
 from batchproof.integrations.vllm.coverage import COVERAGE, NOTHING
 
-NAMES = ("rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "fp8_linear")
+NAMES = ("rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "softmax", "fp8_linear")
 VARIABLES = ("VLLM_BATCH_INVARIANT", "BATCHPROOF_STRICT", "BATCHPROOF_FUSE_NORM_QUANT", "VLLM_USE_FLASHINFER_SAMPLER")
 ABSENT_ENTRY_POINT = "this installation of batchproof has no such entry point"
 

@@ -6,9 +6,12 @@ import logging
 from importlib.metadata import entry_points
 
 import pytest
+import torch
 
 from batchproof.errors import ModeError
-from batchproof.integrations.vllm import HOOKS, Hook, register
+from batchproof.integrations.vllm import HOOKS, Hook, aten, register
+from batchproof.numerics import first_mismatch
+from batchproof.ops.softmax import softmax
 
 plugin = importlib.import_module("batchproof.integrations.vllm.plugin")
 
@@ -91,6 +94,27 @@ def test_linear_layers_are_taken_over_only_where_that_is_asked(hooks, monkeypatc
 def test_without_vllm_every_hook_says_what_is_missing():
     if importlib.util.find_spec("vllm"):
         pytest.skip("vLLM is installed")
-    assert {hook.name for hook in HOOKS} == {"rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "fp8_linear"}
+    assert {hook.name for hook in HOOKS} == {
+        "rms_norm",
+        "gemma_rms_norm",
+        "ir_ops",
+        "graph_passes",
+        "softmax",
+        "fp8_linear",
+    }
     for hook in HOOKS:
         assert "No module named 'vllm'" in hook.missing()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_softmax_takes_the_arguments_of_both_aten_ops(dtype):
+    x = torch.randn(5, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for argument, wanted in ((None, None), (False, None), (True, torch.float32), (torch.float32, torch.float32)):
+        assert first_mismatch(aten.softmax(x, -1, argument), softmax(x, -1, wanted)) is None
+    assert first_mismatch(aten.softmax(x.t(), 0), softmax(x.t(), 0)) is None
+
+
+def test_softmax_of_other_dtypes_is_computed_as_vllm_does():
+    x = torch.randn(5, 33, dtype=torch.float64)
+    torch.testing.assert_close(aten.softmax(x, -1), torch.softmax(x, -1))
+    torch.testing.assert_close(aten.softmax(x.float(), -1, torch.float64), torch.softmax(x.float().double(), -1))

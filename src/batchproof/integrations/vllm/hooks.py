@@ -140,6 +140,26 @@ def _compile_key() -> dict[str, Any]:
     }
 
 
+def _probe_softmax() -> str | None:
+    from vllm.model_executor.layers import batch_invariant
+
+    ours = getattr(batch_invariant.softmax_batch_invariant, "__module__", "").startswith("batchproof.")
+    found = list(inspect.signature(batch_invariant.softmax_batch_invariant).parameters)
+    if found != ["input", "dim", "dtype"]:
+        return f"softmax_batch_invariant takes {found}, want ['input', 'dim', 'dtype']"
+    if getattr(batch_invariant, "_batch_invariant_MODE", False) and not ours:
+        return "vLLM has registered its own already"
+    return None
+
+
+def _install_softmax() -> None:
+    from vllm.model_executor.layers import batch_invariant
+
+    from .aten import softmax
+
+    batch_invariant.softmax_batch_invariant = softmax  # which the mode registers when it is turned on
+
+
 def _probe_fp8_linear() -> str | None:
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
@@ -226,6 +246,7 @@ HOOKS = (
         _probe_graph_passes,
         _install_graph_passes,
     ),
+    Hook("softmax", "softmax over aten, as samplers call it", _probe_softmax, _install_softmax),
     Hook(
         "fp8_linear",
         "fp8 linear layers with scales for the tensor, for tokens and for channels",
