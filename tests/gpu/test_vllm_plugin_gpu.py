@@ -1,5 +1,8 @@
 """The plug-in in real vLLM, layer by layer: what it puts in place, its bits, and what it makes of a compiled graph."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -181,3 +184,54 @@ def test_norms_and_quantisation_are_fused_whatever_the_flags_and_keep_their_bits
     same(quantised[1], quantise[0].forward_native(out, scale)[0].view(torch.uint8))
     wanted = batchproof.add_rms_norm(compiled[1].bfloat16() * 2, total, norms[2].weight.data, 1e-6, gemma=True)[1]
     same(compiled[4], wanted)
+
+
+_ROWS_OF_SOFTMAX_THAT_CHANGE = """
+import sys, torch
+if sys.argv[1] == "ours":
+    from batchproof.integrations.vllm import register
+    register()
+from vllm.model_executor.layers.batch_invariant import enable_batch_invariant_mode
+enable_batch_invariant_mode()
+x = torch.randn(64, 32000, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+whole = torch.softmax(x, -1)
+print("changed", sum(not torch.equal(torch.softmax(x[i : i + 1], -1), whole[i : i + 1]) for i in range(64)))
+"""
+
+
+@pytest.mark.parametrize(("side", "varies"), [("stock", True), ("ours", False)])
+def test_softmax_under_the_mode(side, varies):
+    """In a process of its own: what the mode registers stays."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ROWS_OF_SOFTMAX_THAT_CHANGE, side], capture_output=True, text=True, check=False,
+        env=os.environ | {"VLLM_BATCH_INVARIANT": "1", "VLLM_PLUGINS": "", "BATCHPROOF_STRICT": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    changed = int(done.stdout.split("changed")[1])
+    assert (changed > 0) == varies
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_fp8_layers_run_our_product(current, generator, monkeypatch, per_token):
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+    from vllm.platforms.interface import PlatformEnum
+
+    from batchproof.integrations.vllm.linear import InvariantFP8ScaledMMLinearKernel
+
+    monkeypatch.setitem(linear._POSSIBLE_FP8_KERNELS, PlatformEnum.CUDA, [InvariantFP8ScaledMMLinearKernel])
+    names = ("kFp8DynamicTokenSym", "kFp8StaticChannelSym") if per_token else ("kFp8StaticTensorSym",) * 2
+    keys = [getattr(quant_utils, name) for name in names]
+    kernel = linear.init_fp8_linear_kernel(*keys, torch.bfloat16, torch.bfloat16, (384, HIDDEN))
+    module = torch.nn.Module()
+    module.weight = torch.randn(384, HIDDEN, device="cuda", generator=generator).to(torch.float8_e4m3fn).t()
+    module.weight_scale = torch.rand(384 if per_token else 1, 1, device="cuda", generator=generator)
+    module.input_scale = None if per_token else torch.tensor(0.02, device="cuda")
+    module.input_scale_ub = None
+    kernel.process_weights_after_loading(module)
+    x = torch.randn(300, HIDDEN, device="cuda", generator=generator).bfloat16()
+    whole = kernel.apply_weights(module, x)
+    quantised, scale = kernel.quant_fp8(x, module.input_scale, None)
+    same(whole, batchproof.scaled_mm(quantised, module.weight, scale, module.weight_scale))
+    for rows in (slice(0, 1), slice(299, 300), slice(17, 50), slice(0, 257)):
+        same(kernel.apply_weights(module, x[rows]), whole[rows])
