@@ -78,7 +78,8 @@ def wide_exponents(inputs: Inputs, spec: OpSpec, generator: torch.Generator) -> 
     for name in activations(inputs, spec):
         x = inputs[name]
         powers = torch.randint(-12, 10, x.shape, generator=generator, device=x.device)
-        changed[name] = (x.float() * 2.0**powers).to(x.dtype)
+        scaled = x.float() * 2.0**powers
+        changed[name] = (scaled.clamp(-448, 448) if x.element_size() == 1 else scaled).to(x.dtype)
     return changed
 
 

@@ -106,6 +106,13 @@ def test_subnormal_inputs_are_subnormal():
     assert bool((scope["x"] != 0).any())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_of_fp8_input_overflows_to_nan(kind):
+    scope = {"torch": torch}
+    exec("\n".join(one("randn[M,64]:fp8").recipe(50, 0, kind)), scope)
+    assert not bool(scope["x"].float().isnan().any())
+
+
 def test_an_output_in_the_arguments_must_be_changed_to_count():
     workload = Workload(
         lambda x, scale, out: out.copy_(x * scale), parse({"x": "randn[M,4]", "scale": "ones[1]", "out": "empty[M,4]"}),

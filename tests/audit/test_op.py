@@ -79,6 +79,18 @@ def test_a_required_relation_that_was_not_exercised_is_no_pass():
         audit_op(torch.neg, ["randn[M,16]"], require=["luck"], **FEW)
 
 
+def test_pieces_of_another_class_are_the_batch_sizes_doing():
+    """257 rows are of the class of 1 row, and a piece of 85 rows, a size that was not tried, is not."""
+
+    def between(x):
+        return ops.rms(x, ops.pairs if 75 <= len(x) < 98 else ops.halves)
+
+    report = audit_op(between, {"x": "randn[M,96]"}, rows=257, most_calls=3, device="cpu")
+    verdicts = {check.relation: check.verdict for check in report.checks}
+    assert report.classes == "1-74, 98-257 | 75-97"
+    assert (verdicts["batch size"], verdicts["chunking"]) == ("varies", "holds")
+
+
 def test_time_that_is_over_is_no_pass():
     report = audit_op(torch.neg, ["randn[M,16]"], require=["batch size"], limit_s=0.0, rows=12, device="cpu")
     assert report.verdict == "not audited"

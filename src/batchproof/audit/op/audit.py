@@ -9,6 +9,7 @@ first relation that varies names the cause.
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -36,6 +37,8 @@ FEW_CALLS = 8  # for relations that one batch can show
 MOST_CLASSES = 12  # of which the outputs are kept; beyond them, every size is its own
 ROWS = {"cuda": 4096, "cpu": 1024}
 CALLS = {"cuda": 4096, "cpu": 128}
+
+_SIDES: tuple[tuple[Any, Any], ...] = ((max, operator.le), (min, operator.ge))
 
 Progress = Callable[[str, int, int], None]
 
@@ -340,13 +343,17 @@ class _Audit:
             return Check("padding", NOT_EXERCISED, detail="no size and the next power of two give the same bits")
         return self._report("padding", failures, f"{_list(tried)} rows, zeros behind and before")
 
+    def _presumed_class(self, size: int) -> object:
+        """The class of the sizes tried on either side of ``size``; None if these differ."""
+        below, above = (self.classes[pick(s for s in self.classes if side(s, size))] for pick, side in _SIDES)
+        return below if below == above else None
+
     def _chunking(self) -> Check:
         failures: dict[int, tuple[str, Difference]] = {}
         tried = []
         for whole in (s for s in self._probes() if s in self.classes):
             parts = [part for part in (1, whole // 3, whole - 1 - whole // 3) if part > 0]
-            of = {self.classes.get(part, self.classes[whole]) for part in parts}
-            if of != {self.classes[whole]} or any(part not in self.classes for part in parts if part <= 70):
+            if {self._presumed_class(part) for part in parts} != {self.classes[whole]}:
                 continue  # what then differs is the batch size's doing
             tried.append(whole)
             expected = self.workload.run_batch("normal", torch.arange(whole, device=self.device))

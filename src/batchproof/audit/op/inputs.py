@@ -105,6 +105,8 @@ class Argument:
         lines.append(f"{x} = {drawn}")
         if self.is_activation:
             lines += _change(kind, x, alike, self)
+        if self.dtype == torch.float8_e4m3fn:  # what is larger becomes NaN
+            lines.append(f"{x} = {x}.clamp(-448, 448)")
         return [*lines, f"{x} = {x}.to({self.dtype})"]
 
     def make_anew(self, batch: int, device: torch.device) -> torch.Tensor:

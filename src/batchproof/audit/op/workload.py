@@ -267,7 +267,8 @@ class SpecWorkload(Workload):
         if kind == "wide exponents":
             for name in (n for n, batched in self.batched.items() if batched.is_activation):
                 powers = torch.arange(made[name].shape[-1], device=self.device) * 7919 % 23 - 12
-                made[name] = (made[name].float() * 2.0**powers).to(made[name].dtype)
+                largest = torch.finfo(made[name].dtype).max
+                made[name] = (made[name].float() * 2.0**powers).clamp(-largest, largest).to(made[name].dtype)
         return made
 
     def call(self, made: Mapping[str, Any]) -> list[Any]:
