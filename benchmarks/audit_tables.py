@@ -23,7 +23,7 @@ Result = Mapping[str, Any]
 
 
 def what_varies(result: Result, path: str = PATH) -> str:
-    """A table for every library, those of the most varying ops first, and how they were audited."""
+    """A table for every library, in the order of the audits, and how they were audited."""
     parts = [counts(result), ""]
     for library in dict.fromkeys(row["library"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["library"] == library]

@@ -68,13 +68,18 @@ def bandwidth(result: Mapping[str, Any], path: Path) -> None:
     _finish(figure, panels, "share of the copy bandwidth", path)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw both plots of one device."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a program that draws plots."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="h200", help="folder under the results; default: h200")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="default: benchmarks/results")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs", help="folder for the plots; default: docs")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw both plots of one device."""
+    options = parse(__doc__, arguments)
     result = json.loads((options.results / options.device / "rms_norm.json").read_text())
     for name, draw in {"latency": latency, "bandwidth": bandwidth}.items():
         path = options.out / f"norms_{name}_{options.device}.png"

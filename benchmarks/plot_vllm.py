@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plot import COLORS, OUR_COLOR
+from plot import COLORS, OUR_COLOR, parse
 from vllm_tables import joined
 
 HERE = Path(__file__).parent
@@ -57,11 +56,7 @@ def latency(result: Mapping[str, Any], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the plot of one device."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="h200", help="folder under the results; default: h200")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="default: benchmarks/results")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs", help="folder for the plot; default: docs")
-    options = parser.parse_args(arguments)
+    options = parse(__doc__, arguments)
     path = options.out / f"vllm_latency_{options.device}.png"
     files = sorted((options.results / options.device).glob("vllm_latency*.json"))
     latency(joined([json.loads(file.read_text()) for file in files]), path)

@@ -55,7 +55,7 @@ def latency_rows(result: Result) -> str:
         "| variant | flags | seconds | ratio to vLLM batch-invariant | lm_head, us a step | ratio without lm_head |",
         "|---|---|---|---|---|---|",
     ]
-    others = {key: _without_lm_head(row, heads.get(key), result) for row in result["rows"] for key in [_key(row)]}
+    others = {_key(row): _without_lm_head(row, heads.get(_key(row)), result) for row in result["rows"]}
     for row in result["rows"]:
         seconds = f"{row['median_s']:.4f}" if row["median_s"] is not None else f"missing: {row['missing']}"
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"

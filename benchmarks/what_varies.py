@@ -243,13 +243,14 @@ def main() -> int:
     chosen.sort(key=lambda case: "--compile" not in case.options)  # the longest first
     out = options.out or HERE / "results" / device_folder() / "what_varies.json"
     order = {(case.library, case.op): i for i, case in enumerate(cases())}
+    facts = describe() | {"asked": len(chosen)}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.parallel) as pool:
         waiting = [pool.submit(run_case, case, Path(folder), i, options.limit) for i, case in enumerate(chosen)]
         for future in as_completed(waiting):
             row = future.result()
             rows = sorted([*rows, row], key=lambda row: order[row["library"], row["op"]])
-            write(out, describe() | {"asked": len(chosen), "rows": rows})  # what was done is kept if it is stopped
+            write(out, facts | {"rows": rows})  # what was done is kept if it is stopped
             said = row.get("error") or row["classes"] or ""
             print(f"{row['library']} {row['op']}: {row['verdict']} ({row['seconds']} s) {said[:100]}", flush=True)
     print(f"written to {out}")

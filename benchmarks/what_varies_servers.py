@@ -116,6 +116,7 @@ def main() -> int:
     logs = options.logs or Path(tempfile.mkdtemp(prefix="what_varies_servers_"))
     logs.mkdir(parents=True, exist_ok=True)
     out = options.out or HERE / "results" / device_folder() / "what_varies_servers.json"
+    facts = describe() | {"vllm": version("vllm"), "flags": FLAGS, "max_concurrency": options.max_concurrency}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder) / MODEL)
@@ -130,8 +131,7 @@ def main() -> int:
                 else:
                     rows.append({"server": name, "verdict": "not audited", "error": f"{why}; its log is in {logs}"})
                     print(f"{name}: {why}", flush=True)
-                settings = {"vllm": version("vllm"), "flags": FLAGS, "max_concurrency": options.max_concurrency}
-                write(out, describe() | settings | {"rows": rows})  # what was done is kept if it is stopped
+                write(out, facts | {"rows": rows})  # what was done is kept if it is stopped
         finally:
             for process in processes.values():
                 with suppress(ProcessLookupError):

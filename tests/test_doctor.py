@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from batchproof import cli, doctor
+from batchproof.integrations.vllm import Hook
 from batchproof.integrations.vllm.coverage import COVERAGE, NOTHING
 
 NAMES = ("rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "softmax", "fp8_linear")
 VARIABLES = ("VLLM_BATCH_INVARIANT", "BATCHPROOF_STRICT", "BATCHPROOF_FUSE_NORM_QUANT", "VLLM_USE_FLASHINFER_SAMPLER")
+SWITCHES = {"fp8_linear": "BATCHPROOF_LINEAR"}
 ABSENT_ENTRY_POINT = "this installation of batchproof has no such entry point"
 
 
@@ -31,7 +33,8 @@ def place(monkeypatch):
     def make(vllm="0.26.0", missing=None, points=("batchproof",), load=lambda: None, **variables):
         versions = {"vllm": vllm, "triton": "3.6.0", "transformers": "5.17.0"}
         lines = missing or {}
-        hooks = [SimpleNamespace(name=n, serves=f"what {n} is for", missing=lambda n=n: lines.get(n)) for n in NAMES]
+        hooks = [Hook(n, f"what {n} is for", lambda n=n: lines.get(n), lambda: None, SWITCHES.get(n)) for n in NAMES]
+        monkeypatch.setattr(Hook, "missing", lambda hook: hook.probe())
         found = [SimpleNamespace(name=name, load=load) for name in points]
         monkeypatch.setattr(doctor, "_version", lambda package: versions[package])
         monkeypatch.setattr(doctor, "_all_hooks", lambda: hooks)

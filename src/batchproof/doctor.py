@@ -24,7 +24,11 @@ _VARIABLES = (
     (ENVIRONMENT_VARIABLE, "0", "1: batch-invariant mode, in vLLM and by batchproof.enable_if_requested()"),
     ("BATCHPROOF_STRICT", "0", "1: vLLM does not start if a hook is missing; 0: the log says so"),
     (_FUSE, "1", "1: norm and fp8 quantisation are one kernel in vLLM's compiled graphs; 0: they stay two"),
-    (_LINEAR, "0", "1: vLLM's fp8 linear layers are batchproof's, which are not the faster ones yet; 0: vLLM's own"),
+    (
+        "BATCHPROOF_LINEAR",
+        "0",
+        "1: vLLM's fp8 linear layers are batchproof's, which are not the faster ones yet; 0: vLLM's own",
+    ),
     (_ALLOWED, None, "the plug-ins that vLLM may load, with commas between; unset: all"),
     ("VLLM_USE_FLASHINFER_SAMPLER", "1", "0: vLLM samples without FlashInfer, whose logprobs depend on the batch"),
 )
@@ -56,8 +60,7 @@ def collect() -> dict[str, Any]:
         "coverage": _coverage(hooks, obstacle is None, switches) if has_vllm else [],
         "transformers": _transformers_models(versions["transformers"] != _ABSENT),
     }
-    wanted = [hook for hook in hooks if switches[_LINEAR] or hook["name"] != "fp8_linear"]
-    missing = [hook["name"] for hook in wanted if hook["missing"] is not None]
+    missing = [hook["name"] for hook in hooks if hook["wanted"] and hook["missing"] is not None]
     return report | _verdict(has_vllm, switches[ENVIRONMENT_VARIABLE], obstacle, missing)
 
 
@@ -145,7 +148,10 @@ def _all_hooks() -> Sequence[Any]:
 
 
 def _look_at_hooks() -> list[dict[str, Any]]:
-    return [{"name": hook.name, "serves": hook.serves, "missing": hook.missing()} for hook in _all_hooks()]
+    return [
+        {"name": hook.name, "serves": hook.serves, "wanted": hook.is_wanted(), "missing": hook.missing()}
+        for hook in _all_hooks()
+    ]
 
 
 def _one_line(error: Exception) -> str:
@@ -156,7 +162,7 @@ def _coverage(hooks: Sequence[dict[str, Any]], loaded: bool, switches: dict[str,
     """Who serves each op, as things stand."""
     from .integrations.vllm.coverage import COVERAGE, NORM_QUANT, NOTHING
 
-    there = {hook["name"] for hook in hooks if hook["missing"] is None and loaded}
+    there = {hook["name"] for hook in hooks if hook["wanted"] and hook["missing"] is None and loaded}
     rows = []
     for row in COVERAGE:
         served_by, varies = f"vLLM: {row.vllm}", row.varies
@@ -164,7 +170,7 @@ def _coverage(hooks: Sequence[dict[str, Any]], loaded: bool, switches: dict[str,
             served_by, varies = "vLLM: its kernels outside batch-invariant mode", "not looked at outside the mode"
         elif row.hook in there and row is NORM_QUANT and "rms_norm" not in there:  # the pass fuses our norms alone
             served_by, varies = "vLLM: its norm and its quantisation, two kernels", "as its norm's"
-        elif row.hook in there and (row.hook != "fp8_linear" or switches[_LINEAR]):
+        elif row.hook in there:
             served_by, varies = "batchproof", NOTHING
             if row is NORM_QUANT and not switches[_FUSE]:
                 served_by = f"batchproof's norm and vLLM's quantisation, two kernels ({_FUSE}=0)"

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import logging
+from functools import partial
 from importlib.metadata import entry_points
 
 import pytest
@@ -83,7 +84,8 @@ def test_a_malformed_variable_stops_the_start(hooks, monkeypatch, variable):
 
 @pytest.mark.parametrize("value", ["0", "1", None])
 def test_linear_layers_are_taken_over_only_where_that_is_asked(hooks, monkeypatch, value):
-    fake = Hook("fp8_linear", "linear layers", lambda: None, lambda: hooks.append("fp8_linear"))
+    install = partial(hooks.append, "fp8_linear")
+    fake = Hook("fp8_linear", "linear layers", lambda: None, install, switch="BATCHPROOF_LINEAR")
     monkeypatch.setattr(plugin, "HOOKS", (fake,))
     if value is not None:
         monkeypatch.setenv("BATCHPROOF_LINEAR", value)

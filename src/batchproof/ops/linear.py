@@ -116,9 +116,12 @@ def tiles_for(x: torch.Tensor) -> tuple[tuple[int | None, Tile], ...]:
     """The tiles that may be chosen by M for this dtype and GPU: several only where they are known to agree."""
     if x.dtype == torch.float32:
         return FP32_TILES
-    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) == (9, 0):
-        return HOPPER_TILES
-    return GENERIC_TILES
+    return HOPPER_TILES if is_hopper(x.device) else GENERIC_TILES
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether its tensor cores are those whose bits do not depend on the tile."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def launch(

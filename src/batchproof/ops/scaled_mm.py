@@ -17,18 +17,18 @@ CUTLASS epilogue.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..errors import DtypeError, ShapeError
 from ..registry import OpSpec, register_spec
-from . import _exact
+from . import _exact, linear
 from ._library import FLOAT_DTYPES, check_dtype, register_op, require_no_grad
 from ._quantize import quantize_per_token_reference
 from ._triton import device_guard, tl, triton
-from .linear import add_pieces, check_pieces
+from .linear import add_pieces, check_pieces, is_hopper
 
 __all__ = ["scaled_mm", "scaled_mm_reference"]
 
@@ -37,17 +37,12 @@ GROUP = 128  # of k that the tensor core adds up by itself; also the side of a b
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A launch of one program: its rows, columns and k, warps, pipeline stages.
+class Tile(linear.Tile):
+    """A tile of ``linear``'s, and whether operands change places.
 
     ``swap`` puts the weight on wgmma's side of 64 rows and the tokens on its other, which may be as few as 16.
     """
 
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
     swap: bool = False
 
 
@@ -58,9 +53,7 @@ HOPPER_TILES = (
     (64, Tile(64, 64, 128, 4, 5, swap=True)),
     (None, Tile(128, 128, 128, 8, 4)),
 )
-HOPPER_BLOCK_TILES = tuple(
-    (most, Tile(t.m, t.n, GROUP, t.warps, t.stages, t.swap)) for most, t in HOPPER_TILES
-)  # fmt: skip
+HOPPER_BLOCK_TILES = tuple((most, replace(tile, k=GROUP)) for most, tile in HOPPER_TILES)
 GENERIC_TILES = ((None, Tile(32, 64, 128, 4, 3)),)
 
 
@@ -154,7 +147,7 @@ def _scaled_mm_kernel(
 
 def tiles_for(device: torch.device, blocks: bool) -> tuple[tuple[int | None, Tile], ...]:
     """The tiles that may be chosen by M on this GPU: several only where they are known to agree."""
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0):
+    if is_hopper(device):
         return HOPPER_BLOCK_TILES if blocks else HOPPER_TILES
     return GENERIC_TILES
 

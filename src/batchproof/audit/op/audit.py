@@ -80,11 +80,9 @@ def audit_op(
     rows = rows or ROWS.get(target.type, ROWS["cpu"])
     calls = most_calls or CALLS.get(target.type, CALLS["cpu"])
     began = time.monotonic()
-    own = isinstance(function, OpSpec)
     called = name or (f"batchproof.{function.name}" if isinstance(function, OpSpec) else name_of(function))
     settings: dict[str, Any] = {"rows": rows, "calls a size": calls, "seed": seed, "limit_s": limit_s}
     settings["arguments"] = {str(key): str(value) for key, value in _items(arguments)}
-    parsed = [] if own else parse(arguments)
     whole = partial(
         Report, "op", called, required=tuple(require), settings=settings, environment=describe_environment(target)
     )
@@ -92,7 +90,7 @@ def audit_op(
         if isinstance(function, OpSpec):
             workload: Workload = SpecWorkload(function, dtype, rows, target, calls)
         else:
-            workload = Workload(function, parsed, rows, target, calls, seed)
+            workload = Workload(function, parse(arguments), rows, target, calls, seed)
         audit = _Audit(workload, called, sizes, began + limit_s, progress or (lambda *_: None))
         checks = tuple(audit.checks())
     except ArgumentError:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._version import __version__
+from ...mode import read_flag
 
 __all__ = ["HOOKS", "PROVIDER", "Hook"]
 
@@ -22,12 +23,20 @@ PROVIDER = "batchproof"  # of vLLM's IR ops, and our key in VllmConfig.additiona
 
 @dataclass(frozen=True)
 class Hook:
-    """One extension point: what it serves, what it needs of vLLM, and how it is installed."""
+    """One extension point: what it serves, what it needs of vLLM, and how it is installed.
+
+    ``switch`` is the environment variable that has to be 1 for it, if there is one.
+    """
 
     name: str
     serves: str
     probe: Callable[[], str | None]
     install: Callable[[], None]
+    switch: str | None = None
+
+    def is_wanted(self) -> bool:
+        """Whether it is to be installed; ModeError if its switch is neither 0 nor 1."""
+        return self.switch is None or read_flag(self.switch, default="0")
 
     def missing(self) -> str | None:
         """None if the interface is there, else what is missing, in one line."""
@@ -252,5 +261,6 @@ HOOKS = (
         "fp8 linear layers with scales for the tensor, for tokens and for channels",
         _probe_fp8_linear,
         _install_fp8_linear,
+        switch="BATCHPROOF_LINEAR",
     ),
 )

@@ -38,8 +38,8 @@ def register() -> None:
     global _done
     if _done or not requested_by_environment():
         return
-    strict, fuse, linear = is_strict(), fuses_norm_quant(), serves_linear()
-    wanted = [hook for hook in HOOKS if linear or hook.name != "fp8_linear"]
+    strict, fuse, _ = is_strict(), fuses_norm_quant(), serves_linear()  # a malformed one stops the start here
+    wanted = [hook for hook in HOOKS if hook.is_wanted()]
     absent = {}
     for hook in wanted:
         reason = hook.missing()
