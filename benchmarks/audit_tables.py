@@ -1,14 +1,19 @@
-"""Markdown tables of what_varies.json: which ops' bits follow the batch, from which size on, and by what."""
+"""Markdown tables of what_varies.json: which ops' bits follow the batch, from which size on, and by what.
+
+And of what_varies_servers.json: which relations vary in which server.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from batchproof.audit.launches import explain
 from batchproof.audit.report import Launch
 
 PATH = "h200/what_varies.json"
+SERVERS = "h200/what_varies_servers.json"
 # Relations of the batch: what is said of a row if they vary. A layout is the row's own.
 PLACES = {
     "repeat": "not the same from run to run",
@@ -40,7 +45,7 @@ def what_varies(result: Result, path: str = PATH) -> str:
 LIBRARIES = {
     "torch": "torch", "torch.compile": "torch, compiled", "vLLM": "vLLM", "vLLM, VLLM_BATCH_INVARIANT=1": "vLLM's mode",
     "vLLM batch-invariant set": "vLLM's batch-invariant ops", "vLLM samplers": "vLLM's samplers",
-    "FlashInfer": "FlashInfer", "Liger": "Liger", "batchproof": "batchproof",
+    "FlashInfer": "FlashInfer", "Liger": "Liger", "Quack": "Quack", "batchproof": "batchproof",
 }  # fmt: skip
 
 
@@ -104,6 +109,51 @@ def _cause(cause: Result) -> str:
         return f"`{explain(before, after)}`"
     differs = cause["difference"]
     return f"{cause['detail']} ({differs['elements']} of {differs['of']} elements)" if differs else cause["detail"]
+
+
+# What a server's check has in its detail only, as batchproof.audit.server.relations writes it.
+_STORM = re.compile(r"of (\d+) requests.*?words in the others' prompts: (\d+)")
+_RUNNING = re.compile(r"at most (\d+) running by the server's own count")
+
+
+def servers(result: Result, path: str = SERVERS) -> str:
+    """A line for every relation, a column for every server; how much each audit compared; how they were audited."""
+    rows = result["rows"]
+    checks = [{check["relation"]: check for check in row.get("checks", ())} for row in rows]
+    relations = dict.fromkeys(relation for found in checks for relation in found)
+    table = {relation: [_found(found.get(relation)) for found in checks] for relation in relations}
+    table["answers compared"] = [str(sum(check["cases"] for check in found.values())) for found in checks]
+    table["most requests seen running at once"] = [_running(found.values()) for found in checks]
+    lines = [f"| relation | {' | '.join(row['server'] for row in rows)} |", "|---" * (len(rows) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(map(_cell, cells))} |" for name, cells in table.items()]
+    failed = "".join(f" {row['server']}: {row['error']}." for row in rows if row.get("error"))
+    return "\n".join(
+        [*lines, "", "The smallest case in which an answer was another than alone; where it was tried twice more, and "
+         "did not come out the same, it says so, and no threshold is named. Up to "
+         f"{result['max_concurrency']} requests were sent together; those running are by the server's own count, asked "
+         f"for while they ran.{failed} 4 layers with random weights of an 8B model's shapes, TRITON_ATTN, eager, "
+         f"{result['device']}, vLLM {result['vllm']}, torch {result['torch']} (`benchmarks/results/{path}`, with all "
+         "flags, and what differed)."]
+    )  # fmt: skip
+
+
+def _found(check: Result | None) -> str:
+    """The verdict, and of what varies the smallest case."""
+    if check is None or check["verdict"] != "varies":
+        return check["verdict"] if check else "not audited"
+    storm, detail = _STORM.search(check["detail"]), check["detail"]
+    if check["threshold"] is not None:
+        case = f"from {check['threshold']} {check['unit']} on"
+    elif storm:
+        case = f"{storm[1]} requests, the others of {storm[2]} word{'' if storm[2] == '1' else 's'}"
+    else:
+        case = detail.split(";")[0]
+    return f"varies: {case}" + (", not each time" if "not the same each time" in detail else "")
+
+
+def _running(checks: Iterable[Result]) -> str:
+    counts = [int(found[1]) for check in checks if (found := _RUNNING.search(check["detail"]))]
+    return str(max(counts)) if counts else "not counted"
 
 
 def _cell(text: str) -> str:

@@ -122,7 +122,11 @@ def pages() -> dict[Path, Blocks]:
     }
     audited = load(audit_tables.PATH)
     blocks["what varies summary h200"] = lambda: audit_tables.summary(audited)
-    audits = {"what varies h200": lambda: audit_tables.what_varies(audited)}
+    served = load(audit_tables.SERVERS)
+    audits: Blocks = {
+        "what varies h200": lambda: audit_tables.what_varies(audited),
+        "what varies servers h200": lambda: audit_tables.servers(served),
+    }
     return {
         README: blocks,
         WHAT_VARIES: audits,

@@ -1,7 +1,8 @@
 """Audit the ops of several libraries, each in a process of its own, and write what varies and from which size on.
 
 ``python benchmarks/what_varies.py`` writes benchmarks/results/<device>/what_varies.json, from which readme.py makes
-docs/what_varies.md. Cases run side by side on the one GPU: no bit may depend on that either.
+docs/what_varies.md. Cases run side by side on the one GPU: no bit may depend on that either. ``--only LIBRARY --keep``
+audits some of them again, and leaves the file's other rows as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,7 +224,7 @@ def run_case(case: Case, folder: Path, number: int, limit_s: float) -> dict[str,
     row["seconds"] = round(time.monotonic() - began, 1)
     if not path.exists():
         return row | {"verdict": "not audited", "error": why}
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text().replace(f"{HERE.parent}/", ""))
     cause = next((check for check in report["checks"] if check["verdict"] == "varies"), None)
     kept = ("verdict", "classes", "gaps", "not_observed", "reproduction", "error")
     row |= {key: report[key] for key in kept}
@@ -231,11 +233,30 @@ def run_case(case: Case, folder: Path, number: int, limit_s: float) -> dict[str,
     return row | {"cause": cause}
 
 
+Rows = dict[tuple[str, str], dict[str, Any]]  # by library and op
+OWN = ("commit", "date")  # facts that a row has of its own where they are not the file's
+
+
+def keep(old: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[dict[str, Any], Rows, dict[str, Any]]:
+    """What a result file has already, for a run that adds to it: facts, rows, and what every new row says of itself.
+
+    SystemExit if ``facts``, those of this run, are of another device or other versions: one table has one of each.
+    """
+    others = [key for key, value in facts.items() if key not in OWN and old.get(key) != value]
+    if others:
+        seen = ", ".join(f"{key} {old.get(key)}" for key in others)
+        raise SystemExit(f"--keep: the file is of {seen}, want {', '.join(str(facts[key]) for key in others)}")
+    known = {(case.library, case.op) for case in cases()}
+    rows = {key: row for row in old["rows"] if (key := (row["library"], row["op"])) in known}
+    return dict(old), rows, {key: facts[key] for key in OWN if facts[key] != old[key]}
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>/what_varies.json")
     parser.add_argument("--only", nargs="+", metavar="LIBRARY", help="libraries whose name begins so")
+    parser.add_argument("--keep", action="store_true", help="keep the file's rows that are not audited again")
     parser.add_argument("--parallel", type=int, default=12, help="audits at a time; default 12")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds an audit may take; default 300")
     options = parser.parse_args()
@@ -243,14 +264,17 @@ def main() -> int:
     chosen.sort(key=lambda case: "--compile" not in case.options)  # the longest first
     out = options.out or HERE / "results" / device_folder() / "what_varies.json"
     order = {(case.library, case.op): i for i, case in enumerate(cases())}
-    facts = describe() | {"asked": len(chosen)}
-    rows: list[dict[str, Any]] = []
+    facts, rows, own = describe(), {}, {}
+    if options.keep and out.exists():
+        facts, rows, own = keep(json.loads(out.read_text()), facts)
+    facts["asked"] = len(rows.keys() | {(case.library, case.op) for case in chosen})
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.parallel) as pool:
         waiting = [pool.submit(run_case, case, Path(folder), i, options.limit) for i, case in enumerate(chosen)]
         for future in as_completed(waiting):
-            row = future.result()
-            rows = sorted([*rows, row], key=lambda row: order[row["library"], row["op"]])
-            write(out, facts | {"rows": rows})  # what was done is kept if it is stopped
+            row = future.result() | own
+            rows[row["library"], row["op"]] = row
+            listed = [rows[key] for key in sorted(rows, key=order.__getitem__)]
+            write(out, facts | {"rows": listed})  # what was done is kept if it is stopped
             said = row.get("error") or row["classes"] or ""
             print(f"{row['library']} {row['op']}: {row['verdict']} ({row['seconds']} s) {said[:100]}", flush=True)
     print(f"written to {out}")

@@ -192,7 +192,7 @@ def _scales(
     (m, k), n = a.shape, b.shape[1]
     groups, blocks = -(-k // GROUP), -(-n // GROUP)
     shapes = tuple(scale_a.shape), tuple(scale_b.shape)
-    if shapes == ((m, groups), (groups, blocks)) and groups > 1:
+    if shapes == ((m, groups), (groups, blocks)) and (groups > 1 or blocks > 1):
         return scale_a, scale_b
     rows = _expanded(scale_a, m, ((m,), (m, 1)))
     columns = _expanded(scale_b, n, ((n,), (1, n), (n, 1)))

@@ -276,7 +276,9 @@ class Relations:
 
         high: int = getattr(storm, number)
         above = below = 0
-        for _ in range(_ROUNDS):
+        for turn in range(_ROUNDS):
+            if turn:  # below it the answer changed too
+                low, high = floor, low
             middle = low + 1  # kernels often change just above a power of two, and large storms are dear
             while high - low > 1:
                 low, high = (low, middle) if changes(middle) else (middle, high)
@@ -285,7 +287,6 @@ class Relations:
             below = 0 if low == floor else sum(changes(low) for _ in range(_CONFIRM))
             if not below:
                 break
-            low, high = floor, low
         if above == _CONFIRM and not below:
             finding.threshold = high
         else:
