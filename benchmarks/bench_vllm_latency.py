@@ -45,14 +45,17 @@ VARIANTS = {
     "b": "vLLM batch-invariant",
     "c": "batchproof norms",
     "d": "batchproof norms, fused quantisation",
+    "f": "batchproof norms and products",
     "e": "vLLM default (varies)",
 }
 _OURS = {"VLLM_BATCH_INVARIANT": "1", "VLLM_PLUGINS": "batchproof", "BATCHPROOF_STRICT": "1"}
+_NORMS = _OURS | {"BATCHPROOF_LINEAR": "0"}
 ENVIRONMENTS = {
     "a": {"VLLM_BATCH_INVARIANT": "1", "VLLM_PLUGINS": UNFUSED},
     "b": {"VLLM_BATCH_INVARIANT": "1", "VLLM_PLUGINS": ""},
-    "c": _OURS | {"BATCHPROOF_FUSE_NORM_QUANT": "0"},
-    "d": _OURS | {"BATCHPROOF_FUSE_NORM_QUANT": "1"},
+    "c": _NORMS | {"BATCHPROOF_FUSE_NORM_QUANT": "0"},
+    "d": _NORMS | {"BATCHPROOF_FUSE_NORM_QUANT": "1"},
+    "f": _OURS | {"BATCHPROOF_FUSE_NORM_QUANT": "1", "BATCHPROOF_LINEAR": "1"},
     "e": {"VLLM_BATCH_INVARIANT": "0", "VLLM_PLUGINS": ""},
 }
 FLAGS = {

@@ -120,6 +120,70 @@ def test_all_fp8_tiles_agree(k, blocks, device):
             assert_same((out,), (expected[-rows:],), f"{tile}, {rows} rows")
 
 
+def hopper_shapes():
+    """Every shape that M may choose, and two consumers with two sides each."""
+    from batchproof.ops._hopper_product import SHAPES, Shape
+
+    return [*(shape for _, shapes in SHAPES for shape in shapes), Shape(2, 2, 128)]
+
+
+def assert_shapes_agree(product, tokens, weight, expected, **given):
+    """Each shape gives the rows of ``expected``: poisoned outputs, any number of tokens, weights read early or not."""
+    from batchproof.ops import _hopper_product
+
+    for shape in hopper_shapes():
+        for rows in (len(tokens), 1, 15, 16, 17, 64, 129, 256):
+            static = rows % 2 == 0
+            out = torch.full_like(expected[:rows], float("nan"))
+            some = given | ({"scale_a": given["scale_a"][-rows:]} if "scale_a" in given else {})
+            assert _hopper_product.takes(tokens[-rows:], weight, out, shape)
+            _hopper_product.launch(tokens[-rows:], weight, out, shape, static_weights=static, **some)
+            assert_same((out,), (expected[-rows:],), f"{product}: {shape}, {rows} rows")
+
+
+@pytest.mark.parametrize("scales", ["tensor", "token", "block", "bias"])
+@pytest.mark.parametrize(("n", "k"), [(320, 64), (200, 4096), (136, 1040)])
+def test_the_hopper_product_of_fp8_has_the_bits_of_every_tile(n, k, scales, device):
+    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("runs on Hopper only")
+    generator = torch.Generator(device).manual_seed(k)
+    tokens, weight = (
+        torch.randint(0, 256, (m, k), generator=generator, device=device, dtype=torch.uint8) for m in (300, n)
+    )
+    tokens[:150][tokens[:150] & 127 == 127] = 0  # NaN stays in some tokens, of which no other may hear
+    weight[weight & 127 == 127] = 0
+    tokens, weight = tokens.view(torch.float8_e4m3fn), weight.view(torch.float8_e4m3fn)
+    groups = -(-k // 128)
+    shapes = {"tensor": ((1,), (1,)), "block": ((300, groups), (groups, -(-n // 128)))}
+    rows, columns = shapes.get(scales, ((300, 1), (1, n)))
+    scale_a, scale_b = (torch.rand(size, generator=generator, device=device) * 1e-3 for size in (rows, columns))
+    bias = torch.randn(n, generator=generator, device=device).bfloat16() if scales == "bias" else None
+    tile = scaled_mm_module.HOPPER_BLOCK_TILES[-1][1]
+    expected = scaled_mm_module.launch(tokens, weight.t(), scale_a, scale_b, bias, torch.bfloat16, tile)
+    assert expected[:150].isfinite().all()
+    assert expected[150:].isnan().any()
+    scale_a, scale_b = scaled_mm_module._scales(tokens, weight.t(), scale_a, scale_b)
+    assert_shapes_agree(
+        scales, tokens, weight, expected, scale_a=scale_a, scale_b=scale_b, bias=bias, blocks=scales == "block"
+    )
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("n", "k"), [(320, 64), (200, 4096), (136, 1040)])
+def test_the_hopper_product_of_halves_has_the_bits_of_every_tile(n, k, dtype, device):
+    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("runs on Hopper only")
+    generator = torch.Generator(device).manual_seed(k)
+    tokens, weight = (torch.randn(m, k, generator=generator, device=device) for m in (300, n))
+    tokens = (tokens * torch.exp2(torch.randint(-9, 9, (300, k), generator=generator, device=device))).to(dtype)
+    tokens[7], tokens[9], weight = float("nan"), float("inf"), weight.to(dtype)
+    bias = torch.randn(n, generator=generator, device=device).to(dtype)
+    for given in (None, bias):
+        tile = linear_module.HOPPER_TILES[-1][1]
+        expected = linear_module.launch(tokens.unsqueeze(0), weight.t().unsqueeze(0), given, tile=tile)[0]
+        assert_shapes_agree(f"{dtype}, bias {given is not None}", tokens, weight, expected, bias=given)
+
+
 @pytest.mark.parametrize("pieces", [2, 4, 8])
 def test_tiles_agree_on_pieces_of_k(pieces, device):
     if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):

@@ -5,7 +5,8 @@
 Invariance: every output element is accumulated by the tensor core in ascending k, from zero, in one program; K is
 never split by M, and K past the end adds exact zeros. On Hopper the bits depend neither on the tile nor on the
 instruction (mma.sync or wgmma) nor on the operand order (measured, and tested in tests/gpu), so M may choose the
-tile there; on other GPUs there is one tile for every M. fp32 is computed in IEEE fp32 (no tf32), with one tile.
+tile there, and the kernel of ``_hopper_product`` does the same sums where the TMA can read the operands; on other GPUs
+there is one tile for every M. fp32 is computed in IEEE fp32 (no tf32), with one tile.
 On the CPU the sum is exact in float64, so it has no order (see ``_exact``), and is rounded once.
 
 With ``pieces`` K is cut in so many equal pieces, whose fp32 sums are added by a binary tree: (0 + 1) + (2 + 3) and so
@@ -18,6 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -124,6 +127,34 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+_static_weights = False
+
+
+def use_static_weights(use: bool) -> None:
+    """Whether this process's products on Hopper start while the kernel before still runs, and read weights even then.
+
+    For an engine whose weights no kernel writes just before a product: it can be told so, it cannot be seen. It pays
+    after kernels that let others in early, as batchproof's do. No bit depends on it.
+    """
+    global _static_weights
+    _static_weights = use
+
+
+def has_static_weights() -> bool:
+    """What ``use_static_weights`` was told last; at first no."""
+    return _static_weights
+
+
+def hopper_product(device: torch.device) -> ModuleType | None:
+    """The module ``_hopper_product``, where its kernel runs: on Hopper, with a Triton that has Gluon."""
+    if not is_hopper(device):
+        return None
+    try:
+        return import_module("._hopper_product", __package__)
+    except ImportError:
+        return None
+
+
 def launch(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -140,6 +171,8 @@ def launch(
     out = torch.empty((batch, m, n), dtype=out_dtype or a.dtype, device=a.device)
     if out.numel() == 0:
         return out
+    if tile is None and _launch_on_hopper(a, b, bias, beta, alpha, out, pieces):
+        return out
     if tile is None:
         tile = next(t for most, t in tiles_for(a) if most is None or m <= most)
     bias = None if bias is None else bias.expand(batch, m, n)
@@ -152,6 +185,24 @@ def launch(
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+def _launch_on_hopper(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, beta: float, alpha: float, out: torch.Tensor,
+    pieces: int,
+) -> bool:  # fmt: skip
+    """Compute ``out`` by the kernel for Hopper, if it takes such operands; whether it did."""
+    module = hopper_product(a.device)
+    if module is None or a.dtype not in module.DTYPES or a.shape[0] != 1 or pieces != 1:
+        return False
+    if bias is not None and (beta != 1 or alpha != 1 or tuple(bias.shape) != (b.shape[2],) or bias.stride(0) != 1):
+        return False
+    tokens, weight = a[0], b[0].t()
+    shape = module.shape_for(*out.shape[1:], module.processors(a.device))
+    if not module.takes(tokens, weight, out[0], shape):
+        return False
+    module.launch(tokens, weight, out[0], shape, bias=bias, static_weights=has_static_weights())
+    return True
 
 
 def _validate(op: str, a: torch.Tensor, b: torch.Tensor, dims: int) -> None:

@@ -7,9 +7,10 @@ Invariance: K is cut in groups of 128. The tensor core adds a group up in ascend
 of the groups are added in ascending order, in one program, and scaled, biased and rounded element by element. None of
 it depends on M, which chooses the tile only. On Hopper every tile runs on wgmma, whose bits are those of any other tile
 and either order of the operands (measured; tests/gpu); mma.sync gives others, so no tile is small enough to compile to
-it, and operands that wgmma does not take, because k is not their fastest axis, are copied. On other GPUs there is one
-tile for every M. Adding up groups in fp32 also is more accurate than the tensor core alone, which keeps 14 bits of a
-sum. On the CPU a sum is exact in float64 (see ``_exact``) and rounded once.
+it, and operands that wgmma does not take, because k is not their fastest axis, are copied. Where the TMA can read the
+operands, the kernel of ``_hopper_product`` does the same sums. On other GPUs there is one tile for every M. Adding up
+groups in fp32 also is more accurate than the tensor core alone, which keeps 14 bits of a sum. On the CPU a sum is exact
+in float64 (see ``_exact``) and rounded once.
 
 Source: the groups are those of DeepSeek-V3 (arXiv 2412.19437, section 3.3.2); the order of the scales is that of vLLM's
 CUTLASS epilogue.
@@ -163,9 +164,15 @@ def launch(
         return out
     rows, columns = _scales(a, b, scale_a, scale_b)
     blocks = rows.shape[1] > 1 or columns.shape[1] != n
+    a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b.t()))
+    module = None if tile is not None or pieces > 1 else linear.hopper_product(a.device)
+    if module is not None:
+        shape = module.shape_for(m, n, module.processors(a.device))
+        if module.takes(a, b, out, shape):
+            module.launch(a, b, out, shape, rows, columns, bias, blocks, linear.has_static_weights())
+            return out
     if tile is None:
         tile = next(t for most, t in tiles_for(a.device, blocks) if most is None or m <= most)
-    a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b.t()))
     grid = (triton.cdiv(m, tile.m), triton.cdiv(n, tile.n))
     with device_guard(a):
         _scaled_mm_kernel[grid](

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ PROVIDER = "batchproof"  # of vLLM's IR ops, and our key in VllmConfig.additiona
 class Hook:
     """One extension point: what it serves, what it needs of vLLM, and how it is installed.
 
-    ``switch`` is the environment variable that has to be 1 for it, if there is one.
+    ``switch`` is the environment variable that has to be 1 for it, if there is one; ``default`` says what it is if unset.
     """
 
     name: str
@@ -33,10 +34,11 @@ class Hook:
     probe: Callable[[], str | None]
     install: Callable[[], None]
     switch: str | None = None
+    default: Callable[[], str] = lambda: "0"
 
     def is_wanted(self) -> bool:
         """Whether it is to be installed; ModeError if its switch is neither 0 nor 1."""
-        return self.switch is None or read_flag(self.switch, default="0")
+        return self.switch is None or read_flag(self.switch, default=self.default())
 
     def missing(self) -> str | None:
         """None if the interface is there, else what is missing, in one line."""
@@ -50,6 +52,16 @@ def _wrong_platform() -> str | None:
     from vllm.platforms import current_platform
 
     return None if current_platform.is_cuda() else f"vLLM runs on {current_platform.device_name}, want CUDA"
+
+
+def _on_hopper() -> str:
+    """1 where products have kernels of their own, which are faster than vLLM's; elsewhere they are slower."""
+    try:
+        from vllm.platforms import current_platform
+
+        return "1" if current_platform.is_cuda() and current_platform.is_device_capability(90) else "0"
+    except ImportError:
+        return "0"
 
 
 def _lacks(owner: Any, *names: str) -> str | None:
@@ -79,7 +91,7 @@ def _install_layer(name: str) -> None:
     from ...ops._row_launch import use_dependent_launch
     from . import layers
 
-    use_dependent_launch(False)  # the kernels around a norm are vLLM's, which let nothing in early
+    use_dependent_launch(False)  # as long as the kernels around a norm are vLLM's, which let nothing in early
     if name in op_registry_oot:
         return
     base, ours = getattr(layernorm, name), getattr(layers, f"Invariant{name}")
@@ -137,7 +149,7 @@ def _prefer_ours(original: Callable[..., Any], cls: Any, vllm_config: Any) -> An
 
 def _compile_key() -> dict[str, Any]:
     """What compiled graphs depend on beyond the files that vLLM hashes itself."""
-    from .plugin import fuses_norm_quant, serves_linear
+    from .plugin import fuses_norm_quant
 
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
@@ -145,7 +157,7 @@ def _compile_key() -> dict[str, Any]:
         "version": __version__,
         "source": digest[:16],
         "fuse_norm_quant": fuses_norm_quant(),
-        "linear": serves_linear(),
+        "linear": [hook.name for hook in HOOKS if hook.switch and hook.is_wanted()],
     }
 
 
@@ -167,6 +179,38 @@ def _install_softmax() -> None:
     from .aten import softmax
 
     batch_invariant.softmax_batch_invariant = softmax  # which the mode registers when it is turned on
+
+
+_CALLERS = ("batch_invariant", "linear", "vocab_parallel_embedding")  # of linear_batch_invariant, by their own names
+
+
+def _probe_linear() -> str | None:
+    for caller in _CALLERS:
+        module = import_module(f"vllm.model_executor.layers.{caller}")
+        function = getattr(module, "linear_batch_invariant", None)
+        if function is None:
+            return f"{module.__name__} has no linear_batch_invariant"
+        found = list(inspect.signature(function).parameters)
+        if found != ["input", "weight", "bias"]:
+            return f"linear_batch_invariant takes {found}, want ['input', 'weight', 'bias']"
+    return None
+
+
+def _install_linear() -> None:
+    from .linear import linear
+
+    for caller in _CALLERS:
+        import_module(f"vllm.model_executor.layers.{caller}").linear_batch_invariant = linear
+    _let_in_early()
+
+
+def _let_in_early() -> None:
+    """Norms and products let one another in early: an engine's weights stay as they are."""
+    from ...ops._row_launch import use_dependent_launch
+    from ...ops.linear import use_static_weights
+
+    use_dependent_launch(True)
+    use_static_weights(True)
 
 
 def _probe_fp8_linear() -> str | None:
@@ -191,6 +235,7 @@ def _install_fp8_linear() -> None:
     kernels = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CUDA]
     if InvariantFP8ScaledMMLinearKernel not in kernels:
         kernels.insert(0, InvariantFP8ScaledMMLinearKernel)  # the first that takes a layer is chosen
+    _let_in_early()
 
 
 def _probe_graph_passes() -> str | None:
@@ -257,10 +302,19 @@ HOOKS = (
     ),
     Hook("softmax", "softmax over aten, as samplers call it", _probe_softmax, _install_softmax),
     Hook(
+        "linear",
+        "unquantised linear layers and the language model's head",
+        _probe_linear,
+        _install_linear,
+        switch="BATCHPROOF_LINEAR",
+        default=_on_hopper,
+    ),
+    Hook(
         "fp8_linear",
         "fp8 linear layers with scales for the tensor, for tokens and for channels",
         _probe_fp8_linear,
         _install_fp8_linear,
         switch="BATCHPROOF_LINEAR",
+        default=_on_hopper,
     ),
 )

@@ -9,7 +9,7 @@ from ...errors import ModeError
 from ...mode import read_flag, requested_by_environment
 from .hooks import HOOKS
 
-__all__ = ["fuses_norm_quant", "is_strict", "register", "serves_linear"]
+__all__ = ["fuses_norm_quant", "is_strict", "register"]
 
 _done = False
 
@@ -24,11 +24,6 @@ def fuses_norm_quant() -> bool:
     return read_flag("BATCHPROOF_FUSE_NORM_QUANT", default="1")
 
 
-def serves_linear() -> bool:
-    """Whether BATCHPROOF_LINEAR lets fp8 linear layers be batchproof's; default no, until they are the faster ones."""
-    return read_flag("BATCHPROOF_LINEAR", default="0")
-
-
 def register() -> None:
     """Put batchproof's kernels under vLLM if VLLM_BATCH_INVARIANT is 1; once a process, however often it is called.
 
@@ -38,8 +33,8 @@ def register() -> None:
     global _done
     if _done or not requested_by_environment():
         return
-    strict, fuse, _ = is_strict(), fuses_norm_quant(), serves_linear()  # a malformed one stops the start here
-    wanted = [hook for hook in HOOKS if hook.is_wanted()]
+    strict, fuse = is_strict(), fuses_norm_quant()
+    wanted = [hook for hook in HOOKS if hook.is_wanted()]  # a malformed switch stops the start here
     absent = {}
     for hook in wanted:
         reason = hook.missing()

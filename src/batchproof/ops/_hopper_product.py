@@ -1,0 +1,437 @@
+"""Products of matrices on Hopper's tensor cores: ``left @ right.T`` of fp8, bf16 or fp16, summed as ``linear`` does.
+
+One kernel for all sizes, written in Gluon, where nothing about a sum is left to a compiler. A program is a producer
+warp, which has the TMA bring tiles of both operands into a ring in shared memory, and one or two consumers of four
+warps, which hand them to wgmma, add up and store. Programs stay and take every ``num_programs``-th tile of the output.
+
+Invariance: a consumer adds k up in ascending order from zero and in no other way: bf16 and fp16 in the tensor core's
+fp32 accumulator; fp8 by groups of 128, each started from zero and added to an fp32 sum. The size and shape of a tile,
+the number of consumers, the side that an operand is on, the order of tiles and the depth of the ring move data, not
+sums: the bits are those of ``linear``'s and ``scaled_mm``'s Triton kernels (measured; tests/gpu). That is why M may
+choose them (``Shape``).
+
+With dependent launch, a program starts while the kernel before still runs, and fills its ring with weights, if those
+are known to be there, before it waits for that kernel.
+
+Sources: the ring of full and empty barriers is CUTLASS's pipeline for sm_90; two consumers whose additions overlap the
+other's wgmma, and groups of 128, are those of DeepGEMM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ._triton import device_guard, triton
+
+__all__ = ["Shape", "launch", "shape_for", "takes"]
+
+SIDE = 64  # rows of a wgmma
+STEP_BYTES = 128  # of k in one step, a swizzled row of shared memory: 128 fp8 or 64 bf16 numbers
+MOST_SHARED = 227 * 1024
+FULL = 0.7  # of a GPU's processors: a grid of fewer programs leaves too many idle
+DTYPES = {torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the output is cut; no bit depends on it.
+
+    A program's tile is ``consumers * sides * 64`` by ``width``. ``swap`` puts the weight's columns on wgmma's side of
+    64 and the tokens on its other, which may be as narrow as 16. ``stages``: depth of the ring, 0 for all that fits.
+    ``group``: as many rows of tiles are worked on together.
+    """
+
+    consumers: int
+    sides: int
+    width: int
+    swap: bool = False
+    stages: int = 0
+    group: int = 8
+
+    @property
+    def height(self) -> int:
+        """Rows of a tile on wgmma's side of 64."""
+        return self.consumers * self.sides * SIDE
+
+    def tiles(self, m: int, n: int) -> int:
+        """Tiles of the output of m tokens by n columns."""
+        left, right = (n, m) if self.swap else (m, n)
+        return -(-left // self.height) * -(-right // self.width)
+
+
+# By the number of tokens, the largest tile first: the first with enough programs for the GPU is taken, or the last.
+SHAPES = (
+    (16, (Shape(1, 1, 16, True, 12, 1),)),
+    (32, (Shape(1, 1, 32, True, 12, 1),)),
+    (64, (Shape(1, 1, 128, False, 8, 1), Shape(1, 1, 64, False, 12, 1), Shape(1, 1, 32, False, 16, 1))),
+    (None, (Shape(2, 1, 128), Shape(2, 1, 64), Shape(1, 1, 64), Shape(1, 1, 32))),
+)
+
+
+@gluon.jit
+def _place(tile, lefts, rights, GROUP: gl.constexpr):
+    """Tile number ``tile``, in columns of GROUP tiles: those at work at a time share what they read."""
+    band = tile // (GROUP * rights)
+    size = gl.minimum(lefts - band * GROUP, GROUP)
+    within = tile % (GROUP * rights)
+    return band * GROUP + within % size, within // size
+
+
+@gluon.jit
+def _load_side(desc, ring, ready, stage, row, k, wanted, COUNT: gl.constexpr, BOX: gl.constexpr):
+    """Ask the TMA for an operand's part of a step: COUNT boxes, each of BOX rows, 64 or one box apart."""
+    for i in gl.static_range(COUNT):
+        box = ring.index(stage * COUNT + i)
+        if BOX < box.shape[0]:  # what else is there changes no row but its own
+            box = box.slice(0, BOX)
+        tma.async_copy_global_to_shared(desc, [row + i * 64, k], ready, box, pred=wanted)
+
+
+@gluon.jit
+def _load(
+    left_desc, right_desc, left_ring, right_ring, full, empty, lefts, rights, steps,
+    COUNT: gl.constexpr, BOX: gl.constexpr, WIDTH: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, SWAP: gl.constexpr, PDL: gl.constexpr, BYTES: gl.constexpr,
+):  # fmt: skip
+    """The producer: one warp."""
+    ahead = 0  # steps whose weights were asked for before the kernel before had ended
+    if PDL:
+        left, right = _place(gl.program_id(0), lefts, rights, GROUP)
+        ahead = gl.minimum(steps, STAGES)
+        for step in range(ahead):
+            mbarrier.expect(full.index(step), BYTES)
+            ready, k = full.index(step), step * STEP
+            if SWAP:
+                _load_side(left_desc, left_ring, ready, step, left * COUNT * 64, k, True, COUNT, BOX)
+            else:
+                _load_side(right_desc, right_ring, ready, step, right * WIDTH, k, True, 1, WIDTH)
+        gdc_wait()
+    done = 0
+    for tile in range(gl.program_id(0), lefts * rights, gl.num_programs(0)):
+        left, right = _place(tile, lefts, rights, GROUP)
+        for step in range(steps):
+            stage = done % STAGES
+            ready = full.index(stage)
+            new = done >= ahead
+            mbarrier.wait(empty.index(stage), (done // STAGES & 1) ^ 1)
+            mbarrier.expect(ready, BYTES, pred=new)
+            _load_side(
+                left_desc, left_ring, ready, stage, left * COUNT * 64, step * STEP, new if SWAP else True, COUNT, BOX
+            )  # fmt: skip
+            _load_side(
+                right_desc, right_ring, ready, stage, right * WIDTH, step * STEP, True if SWAP else new, 1, WIDTH
+            )  # fmt: skip
+            done += 1
+
+
+@gluon.jit
+def _multiply(
+    left_ring, right_ring, full, done, start, accumulate,
+    SIDE_OF: gl.constexpr, SIDES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Wait for a step's tiles and start their product on the tensor core."""
+    stage = done % STAGES
+    mbarrier.wait(full.index(stage), done // STAGES & 1)
+    left, right = left_ring.index(stage * SIDES + SIDE_OF), right_ring.index(stage).permute((1, 0))
+    return warpgroup_mma(left, right, start, use_acc=accumulate, is_async=True)
+
+
+@gluon.jit
+def _free(empty, done, STAGES: gl.constexpr):
+    """Tell the producer that a step's tiles have been read."""
+    mbarrier.arrive(empty.index(done % STAGES), count=1)
+
+
+@gluon.jit
+def _along(ptr, index, stride, size, PER_INDEX: gl.constexpr, AXIS: gl.constexpr):
+    """A value for every index, for a tile to be multiplied by; or the one there is."""
+    if PER_INDEX:
+        values = gl.load(ptr + index.to(gl.int64) * stride, mask=index < size, other=0.0)
+    else:
+        values = gl.load(ptr)
+    return gl.expand_dims(values, AXIS) if PER_INDEX else values
+
+
+@gluon.jit
+def _scaled(
+    part, scale_a_ptr, scale_b_ptr, tokens, num_tokens, group, scale_a_row, scale_a_group, scale_b_group,
+    BLOCKS: gl.constexpr, AXIS: gl.constexpr,
+):  # fmt: skip
+    """A group's sum times its scales, if groups have some of their own."""
+    if BLOCKS:
+        scale_a = _along(scale_a_ptr + group * scale_a_group, tokens, scale_a_row, num_tokens, True, AXIS)
+        part = part * (scale_a * gl.load(scale_b_ptr + group * scale_b_group))
+    return part
+
+
+@gluon.jit
+def _compute(
+    WHICH: gl.constexpr, left_ring, right_ring, staging, full, empty, out_desc,
+    scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, lefts, rights, steps, num_tokens, num_columns,
+    scale_a_row, scale_a_group, scale_b_group, scale_b_column,
+    CONSUMERS: gl.constexpr, SIDES: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    K_OF_WGMMA: gl.constexpr, PROMOTE: gl.constexpr, HAS_SCALES: gl.constexpr, BLOCKS: gl.constexpr,
+    PER_TOKEN: gl.constexpr, PER_COLUMN: gl.constexpr, HAS_BIAS: gl.constexpr, SWAP: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Consumer number WHICH: four warps. Its part of a tile is SIDES times 64 rows, each with a sum of its own."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, K_OF_WGMMA])
+    ALL: gl.constexpr = CONSUMERS * SIDES
+    MINE: gl.constexpr = WHICH * SIDES
+    TOKEN_AXIS: gl.constexpr = 1 if SWAP else 0
+    SCALE: gl.constexpr = HAS_SCALES and not BLOCKS
+    SOON: gl.constexpr = SIDES == 1 and (WIDTH <= 32 or not (PER_TOKEN or PER_COLUMN))  # where there are registers
+    if PDL:
+        gdc_wait()
+    done = 0
+    zero = gl.zeros([64, WIDTH], gl.float32, layout)
+    for tile in range(gl.program_id(0), lefts * rights, gl.num_programs(0)):
+        left, right = _place(tile, lefts, rights, GROUP)
+        row = (left * ALL + MINE) * 64
+        rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        across = right * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+        tokens = across if SWAP else rows
+        columns = rows if SWAP else across
+        block_ptr = scale_b_ptr + (row if SWAP else right * WIDTH) // 128 * scale_b_column
+        if SCALE and SOON:
+            scale_a = _along(scale_a_ptr, tokens, scale_a_row, num_tokens, PER_TOKEN, 1 - TOKEN_AXIS)
+            scale_b = _along(scale_b_ptr, columns, scale_b_column, num_columns, PER_COLUMN, TOKEN_AXIS)
+        low = gl.zeros([64, WIDTH], gl.float32, layout)
+        high = gl.zeros([64, WIDTH], gl.float32, layout)
+        if not PROMOTE:
+            for _step in range(steps):
+                low = _multiply(left_ring, right_ring, full, done, low, True, MINE, ALL, STAGES)
+                if SIDES == 2:
+                    high = _multiply(left_ring, right_ring, full, done, high, True, MINE + 1, ALL, STAGES)
+                    low, high = warpgroup_mma_wait(0, deps=[low, high])
+                else:
+                    low = warpgroup_mma_wait(0, deps=[low])
+                _free(empty, done, STAGES)
+                done += 1
+        elif SIDES == 2:  # one after the other, for want of registers: the other consumer's are at work meanwhile
+            for step in range(steps):
+                part = _multiply(left_ring, right_ring, full, done, zero, False, MINE, ALL, STAGES)
+                part = warpgroup_mma_wait(0, deps=[part])
+                low += _scaled(
+                    part, scale_a_ptr, block_ptr, tokens, num_tokens, step, scale_a_row, scale_a_group, scale_b_group,
+                    BLOCKS, 1 - TOKEN_AXIS,
+                )  # fmt: skip
+                part = _multiply(left_ring, right_ring, full, done, zero, False, MINE + 1, ALL, STAGES)
+                part = warpgroup_mma_wait(0, deps=[part])
+                _free(empty, done, STAGES)
+                high += _scaled(
+                    part, scale_a_ptr, block_ptr, tokens + 64, num_tokens, step, scale_a_row, scale_a_group,
+                    scale_b_group, BLOCKS, 1 - TOKEN_AXIS,
+                )  # fmt: skip
+                done += 1
+        else:  # two groups at a time, the second at work while the first is added
+            for step in range(0, steps - 1, 2):
+                part = _multiply(left_ring, right_ring, full, done, zero, False, MINE, ALL, STAGES)
+                other = _multiply(left_ring, right_ring, full, done + 1, zero, False, MINE, ALL, STAGES)
+                part = warpgroup_mma_wait(1, deps=[part])
+                _free(empty, done, STAGES)
+                low += _scaled(
+                    part, scale_a_ptr, block_ptr, tokens, num_tokens, step, scale_a_row, scale_a_group, scale_b_group,
+                    BLOCKS, 1 - TOKEN_AXIS,
+                )  # fmt: skip
+                other = warpgroup_mma_wait(0, deps=[other])
+                _free(empty, done + 1, STAGES)
+                low += _scaled(
+                    other, scale_a_ptr, block_ptr, tokens, num_tokens, step + 1, scale_a_row, scale_a_group,
+                    scale_b_group, BLOCKS, 1 - TOKEN_AXIS,
+                )  # fmt: skip
+                done += 2
+            if steps % 2 == 1:
+                part = _multiply(left_ring, right_ring, full, done, zero, False, MINE, ALL, STAGES)
+                part = warpgroup_mma_wait(0, deps=[part])
+                _free(empty, done, STAGES)
+                low += _scaled(
+                    part, scale_a_ptr, block_ptr, tokens, num_tokens, steps - 1, scale_a_row, scale_a_group,
+                    scale_b_group, BLOCKS, 1 - TOKEN_AXIS,
+                )  # fmt: skip
+                done += 1
+        for i in gl.static_range(SIDES):
+            total = low if i == 0 else high
+            if i == 1:
+                rows += 64
+                tokens = across if SWAP else rows
+                columns = rows if SWAP else across
+            if SCALE:
+                if not SOON:
+                    scale_a = _along(scale_a_ptr, tokens, scale_a_row, num_tokens, PER_TOKEN, 1 - TOKEN_AXIS)
+                    scale_b = _along(scale_b_ptr, columns, scale_b_column, num_columns, PER_COLUMN, TOKEN_AXIS)
+                total = total * scale_b * scale_a
+            if HAS_BIAS:
+                total += _along(bias_ptr, columns, 1, num_columns, True, TOKEN_AXIS).to(gl.float32)
+            out = total.to(out_ptr.dtype.element_ty)
+            if SWAP:
+                out_ptrs = out_ptr + tokens.to(gl.int64)[None, :] * num_columns + columns[:, None]
+                gl.store(out_ptrs, out, mask=(columns < num_columns)[:, None] & (tokens < num_tokens)[None, :])
+            else:
+                mine = staging.index(WHICH)
+                tma.store_wait(0)  # what was there has left
+                mine.store(out)
+                fence_async_shared()
+                tma.async_copy_shared_to_global(out_desc, [row + i * 64, right * WIDTH], mine)
+    if not SWAP:
+        tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_tokens", "scale_a_row", "scale_a_group"])
+def _product_kernel(
+    left_desc, right_desc, out_desc, scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, num_tokens, num_columns, k,
+    scale_a_row, scale_a_group, scale_b_group, scale_b_column,
+    CONSUMERS: gl.constexpr, SIDES: gl.constexpr, WIDTH: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, BOX: gl.constexpr, K_OF_WGMMA: gl.constexpr, PROMOTE: gl.constexpr,
+    HAS_SCALES: gl.constexpr, BLOCKS: gl.constexpr, PER_TOKEN: gl.constexpr, PER_COLUMN: gl.constexpr,
+    HAS_BIAS: gl.constexpr, SWAP: gl.constexpr, PDL: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """``left @ right.T``: left is the tokens and right the weight [N, K], or the other way round if SWAP."""
+    if PDL:
+        gdc_launch_dependents()
+    dtype: gl.constexpr = left_desc.dtype
+    COUNT: gl.constexpr = CONSUMERS * SIDES
+    BYTES: gl.constexpr = (COUNT * BOX + WIDTH) * 128
+    left_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, STEP], dtype)
+    left_ring = gl.allocate_shared_memory(dtype, [STAGES * COUNT, 64, STEP], left_layout)
+    right_ring = gl.allocate_shared_memory(dtype, [STAGES, WIDTH, STEP], right_desc.layout)
+    rows: gl.constexpr = out_desc.block_shape[0]
+    staged: gl.constexpr = [CONSUMERS, rows, out_desc.block_shape[1]]
+    staging = gl.allocate_shared_memory(out_desc.dtype, staged, out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    lefts = gl.cdiv(num_columns if SWAP else num_tokens, COUNT * 64)
+    rights = gl.cdiv(num_tokens if SWAP else num_columns, WIDTH)
+    steps = gl.cdiv(k, STEP)
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (_compute, (
+                0, left_ring, right_ring, staging, full, empty, out_desc,
+                scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, lefts, rights, steps, num_tokens, num_columns,
+                scale_a_row, scale_a_group, scale_b_group, scale_b_column, CONSUMERS, SIDES, WIDTH, STAGES, GROUP,
+                K_OF_WGMMA, PROMOTE, HAS_SCALES, BLOCKS, PER_TOKEN, PER_COLUMN, HAS_BIAS, SWAP, PDL,
+            )),
+            (_compute, (
+                1, left_ring, right_ring, staging, full, empty, out_desc,
+                scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, lefts, rights, steps, num_tokens, num_columns,
+                scale_a_row, scale_a_group, scale_b_group, scale_b_column, CONSUMERS, SIDES, WIDTH, STAGES, GROUP,
+                K_OF_WGMMA, PROMOTE, HAS_SCALES, BLOCKS, PER_TOKEN, PER_COLUMN, HAS_BIAS, SWAP, PDL,
+            )),
+            (_load, (
+                left_desc, right_desc, left_ring, right_ring, full, empty, lefts, rights, steps,
+                COUNT, BOX, WIDTH, STEP, STAGES, GROUP, SWAP, PDL, BYTES,
+            )),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_compute, (
+                0, left_ring, right_ring, staging, full, empty, out_desc,
+                scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, lefts, rights, steps, num_tokens, num_columns,
+                scale_a_row, scale_a_group, scale_b_group, scale_b_column, CONSUMERS, SIDES, WIDTH, STAGES, GROUP,
+                K_OF_WGMMA, PROMOTE, HAS_SCALES, BLOCKS, PER_TOKEN, PER_COLUMN, HAS_BIAS, SWAP, PDL,
+            )),
+            (_load, (
+                left_desc, right_desc, left_ring, right_ring, full, empty, lefts, rights, steps,
+                COUNT, BOX, WIDTH, STEP, STAGES, GROUP, SWAP, PDL, BYTES,
+            )),
+        ], [1], [24])  # fmt: skip
+
+
+def shape_for(m: int, n: int, processors: int) -> Shape:
+    """How the output of m tokens by n columns is cut on a GPU of so many multiprocessors."""
+    shapes = next(shapes for most, shapes in SHAPES if most is None or m <= most)
+    for shape in shapes:
+        if shape.tiles(m, n) >= FULL * processors:
+            return shape
+    return shapes[-1]
+
+
+def takes(tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, shape: Shape) -> bool:
+    """Whether the TMA can read [M, K] and [N, K], k the fastest, and write [M, N]: sizes and strides of 16 bytes."""
+    operands = (tokens, weight)
+    return (
+        tokens.dtype in DTYPES
+        and all(t.stride(1) == 1 and t.stride(0) >= t.shape[1] > 0 for t in operands)
+        and all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands)
+        and (shape.swap or (out.shape[1] % 8 == 0 and out.element_size() == 2 and out.data_ptr() % 16 == 0))
+    )
+
+
+@lru_cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPES[dtype])
+
+
+def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(tensor, [rows, columns], _layout(rows, columns, tensor.dtype))
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(
+    tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, shape: Shape,
+    scale_a: torch.Tensor | None = None, scale_b: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+    blocks: bool = False, static_weights: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Write ``tokens [M, K] @ weight [N, K].T``, times its scales, plus a bias, to ``out`` [M, N], contiguous.
+
+    Args:
+        tokens: what ``takes``.
+        weight: what ``takes``.
+        out: what ``takes``.
+        shape: of the tiles.
+        scale_a: fp32, [M, groups of k]; any strides, 0 for one scale.
+        scale_b: fp32, [groups of k, N], or [groups of k, N / 128] for ``blocks``; any strides.
+        bias: [N], contiguous.
+        blocks: one scale for 128 by 128 of the weight and for 128 of k of a token.
+        static_weights: start while the kernel before still runs, and read weights even then; it must not write them.
+    """
+    (m, k), n = tokens.shape, weight.shape[0]
+    step = STEP_BYTES // tokens.element_size()
+    left, right = (weight, tokens) if shape.swap else (tokens, weight)
+    box = SIDE if shape.swap else min(SIDE, max(16, triton.next_power_of_2(m)))
+    height, width = shape.height, shape.width
+    if shape.swap:  # nothing is staged
+        out_desc = _descriptor(weight.view(torch.bfloat16), 16, 64)
+    else:
+        out_desc = _descriptor(out, SIDE, width)
+    staged = shape.consumers * (2048 if shape.swap else SIDE * width * out.element_size())
+    stage = (height + width) * STEP_BYTES
+    stages = shape.stages or (MOST_SHARED - staged - 1024) // stage
+    beside = 1 if shape.consumers == 2 else max(1, MOST_SHARED // (stages * stage + staged + 2048))
+    scales = (out, out) if scale_a is None or scale_b is None else (scale_a, scale_b)  # not read if there are none
+    with device_guard(tokens):
+        _product_kernel[(min(shape.tiles(m, n), processors(tokens.device) * beside),)](
+            _descriptor(left, box, step), _descriptor(right, width, step), out_desc,
+            *scales, bias, out, m, n, k, *scales[0].stride(), *scales[1].stride(),
+            CONSUMERS=shape.consumers, SIDES=shape.sides, WIDTH=width, STEP=step, STAGES=stages, GROUP=shape.group,
+            BOX=box, K_OF_WGMMA=32 // tokens.element_size(), PROMOTE=tokens.element_size() == 1,
+            HAS_SCALES=scale_a is not None, BLOCKS=blocks,
+            PER_TOKEN=scales[0].stride(0) != 0, PER_COLUMN=scales[1].stride(1) != 0,
+            HAS_BIAS=bias is not None, SWAP=shape.swap, PDL=static_weights,
+            num_warps=4, enable_fp_fusion=False, maxnreg=None if shape.consumers == 2 else 64 if width <= 32 else 128,
+            **({"launch_pdl": True} if static_weights else {}),
+        )  # fmt: skip
+    return out
