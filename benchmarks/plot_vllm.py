@@ -22,7 +22,8 @@ BAR_COLORS = {
     "a": "#f6d58a",
     "b": COLORS["vLLM batch-invariant"],
     "c": "#6f93cf",
-    "d": OUR_COLOR,
+    "d": "#3d69b3",
+    "f": OUR_COLOR,
     "e": "0.7",
 }
 TITLES = {"original": "here, the same flags", "default": "here, vLLM's default flags"}

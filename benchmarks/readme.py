@@ -118,6 +118,7 @@ def pages() -> dict[Path, Blocks]:
     vllm = {
         "vllm latency h200": blocks["vllm latency h200"],
         "vllm exactness h200": lambda: vllm_tables.exactness_table(exactness, every=True),
+        "vllm products h200": lambda: vllm_tables.products_line(load(vllm_tables.PRODUCTS)),
         "vllm kernels h200": lambda: vllm_tables.kernels_table(latency),
     }
     audited = load(audit_tables.PATH)

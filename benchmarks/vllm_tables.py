@@ -8,6 +8,7 @@ from typing import Any
 
 PATH = "h200/vllm_latency.json"
 PATHS = (PATH, "h200/vllm_latency_default.json")  # one run for each set of flags
+PRODUCTS = "h200/vllm_exactness_products.json"  # of a later commit, with batchproof's linear layers
 # The first kind whose pattern is in a kernel's name is the kernel's kind.
 KINDS = {
     "activation": r"silu|gelu|act_and_mul",
@@ -15,7 +16,7 @@ KINDS = {
     "norm": r"norm|rsqrt",
     "quantisation": r"quant|fp8_e4m3|clamp",
     "attention and KV cache": r"attention|attn|flash|reshape_and_cache|rotary|reduce_segments",
-    "matrix products": r"gemm|cutlass|nvjet|matmul|cublas|splitk|gemv|mm_kernel",
+    "matrix products": r"gemm|cutlass|nvjet|matmul|cublas|splitk|gemv|mm_kernel|product_kernel",
     "residual add": r"fused_add|functor_add",
     "others": r"",
 }
@@ -41,9 +42,9 @@ def latency_table(result: Result, paths: Sequence[str] = PATHS) -> str:
         f"rounds of {result['iterations']} iterations, {result['model']}, dummy weights (right for time, no proof of "
         f"bits), {result['device']}, vLLM {result['vllm']}, torch {result['torch']} ({_files(paths)}). "
         f"Flags: {flags}. {published['source']} reported {published['before_s']} s before the change and "
-        f"{published['after_s']} s after it, on its author's machine. lm_head is the same kernel in all runs of one "
-        "mode: what it differs by from engine to engine is no variant's doing, and is in the seconds; the last column "
-        "leaves it out of both sides of the ratio."
+        f"{published['after_s']} s after it, on its author's machine. vLLM's own lm_head is one kernel in all runs of "
+        "a mode: what it differs by from engine to engine is no variant's doing, and is in the seconds; the last "
+        "column leaves it out of both sides of the ratio."
     )
     return f"{latency_rows(result)}\n\n{caption}"
 
@@ -78,8 +79,12 @@ def _without_lm_head(row: Result, head_us: float | None, result: Result) -> floa
 
 
 def lm_head_us(kernels: list[list[Any]]) -> float | None:
-    """The longest kernel of which a step has one: the same code and weights in every variant of one mode."""
-    return max((us for _, count, us in kernels if count == 1.0), default=None)
+    """The longest product of which a step has one: the same code and weights in every variant of one mode.
+
+    None where lm_head runs the kernel that other layers run, too.
+    """
+    products = [us for name, count, us in kernels if count == 1.0 and kind_of(name) == "matrix products"]
+    return max(products, default=None)
 
 
 def kernels_table(result: Result, paths: Sequence[str] = PATHS) -> str:
@@ -87,7 +92,8 @@ def kernels_table(result: Result, paths: Sequence[str] = PATHS) -> str:
     caption = (
         f"Kernels of one decode step of a batch of {result['batch']}, and their microseconds together, "
         f"{result['device']}, vLLM {result['vllm']}, {result['model']}; by the kernels' names, kinds of which all "
-        f"variants launch equally many left out ({_files(paths)})."
+        f"variants launch equally many left out. A kernel that starts before the one ahead of it has ended, as "
+        f"batchproof's norms and products do among themselves, counts the time that it waits ({_files(paths)})."
     )
     return f"{kernels_rows(result)}\n\n{caption}"
 
@@ -119,6 +125,17 @@ CONFIGURATIONS = {
     "chunked": "CUDA graphs, prompts in chunks of 512, prefix caching",
     "eager": "eager",
 }
+
+
+def products_line(result: Result) -> str:
+    """Whether answers changed with batchproof's linear layers under vLLM."""
+    runs = dict.fromkeys(f"{row['model']} with {CONFIGURATIONS[row['configuration']]}" for row in result["rows"])
+    compared = sum(row[f"{kind}_comparisons"] for row in result["rows"] for kind in ("greedy", "seeded"))
+    differ = sum(row[f"{kind}_differ"] for row in result["rows"] for kind in ("greedy", "seeded"))
+    return (
+        f"With batchproof's linear layers and lm_head as well, {differ} of {compared} answers changed "
+        f"({'; '.join(runs)}; `benchmarks/results/{PRODUCTS}`)."
+    )
 
 
 def exactness_table(result: Result, every: bool = False, path: str = "h200/vllm_exactness.json") -> str:
@@ -179,12 +196,16 @@ def _else_compared(result: Result) -> list[str]:
     return lines
 
 
+def kind_of(name: str) -> str:
+    """The kind of a kernel."""
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower()))
+
+
 def by_kind(kernels: list[list[Any]]) -> dict[str, tuple[float, float]]:
     """(launches, microseconds together) of each kind of kernel in a decode step."""
     groups: dict[str, list[list[Any]]] = {}
     for kernel in kernels:
-        kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, kernel[0].lower()))
-        groups.setdefault(kind, []).append(kernel)
+        groups.setdefault(kind_of(kernel[0]), []).append(kernel)
     return {kind: _sum(group) for kind, group in groups.items()}
 
 

@@ -1,6 +1,7 @@
-"""Which tensor core instructions the fp8 product compiles to, for sm_90 and without a GPU.
+"""Which tensor core instructions products compile to, for sm_90 and without a GPU.
 
 wgmma adds fp8 up otherwise than mma.sync does, and the compiler chooses between them by a tile's shape and by layouts.
+The kernel for Hopper is in Gluon, which Triton's interpreter does not run: that it compiles is shown here.
 Run as a program, because the tests' own process interprets kernels; it prints a JSON object from launches to counts.
 """
 
@@ -13,10 +14,14 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from batchproof.ops import scaled_mm
+from batchproof.ops import _hopper, _hopper_product, scaled_mm
 
 KERNEL = scaled_mm._scaled_mm_kernel
+PRODUCT = _hopper_product._product_kernel
+TARGET = GPUTarget("cuda", 90, 32)
 MOST_SHARED = 227 * 1024  # bytes of shared memory a program may have on Hopper
 
 
@@ -33,24 +38,60 @@ def compiled(tile: scaled_mm.Tile, blocks: bool, aligned: bool) -> Any:
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in multiples}
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
     source = ASTSource(KERNEL, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=TARGET, options=options)
+
+
+def compiled_product(shape: _hopper.Shape, fp8: bool, blocks: bool, static_weights: bool) -> Any:
+    """The binary of the kernel for Hopper; scales for tokens and columns, or for blocks, and a bias."""
+    name, dtype, step = ("fp8e4nv", gl.float8e4nv, 128) if fp8 else ("bf16", gl.bfloat16, 64)
+
+    def descriptor(rows: int, columns: int, of: str, dtype: Any) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+        return f"tensordesc<{of}[{rows}, {columns}],{layout!r}>"
+
+    right = descriptor(shape.width, step, name, dtype)
+    out = right if shape.swap else descriptor(64, shape.width, "bf16", gl.bfloat16)
+    staged = shape.consumers * (shape.width * 128 if shape.swap else 64 * shape.width * 2)
+    constants: dict[str, Any] = {
+        "CONSUMERS": shape.consumers, "SIDES": shape.sides, "WIDTH": shape.width, "STEP": step,
+        "STAGES": _hopper_product.stages_for(shape, staged), "GROUP": shape.group, "BOX": 64,
+        "K_OF_WGMMA": step // 4, "PROMOTE": fp8, "HAS_SCALES": fp8, "BLOCKS": blocks, "PER_TOKEN": True,
+        "PER_COLUMN": True, "HAS_BIAS": True, "SWAP": shape.swap, "PDL": static_weights, "num_warps": 4,
+    }  # fmt: skip
+    types = {"left_desc": descriptor(64, step, name, dtype), "right_desc": right, "out_desc": out}
+    types |= {"scale_a_ptr": "*fp32", "scale_b_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in PRODUCT.arg_names}
+    aligned = {*types, "num_columns", "k"} - {"left_desc", "right_desc", "out_desc"}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n in aligned}
+    options = {"num_warps": 4, "enable_fp_fusion": False, "maxnreg": _hopper_product.registers_for(shape)}
+    source = GluonASTSource(PRODUCT, signature, constants, attributes)
+    return triton.compile(source, target=TARGET, options=options)
 
 
 def main() -> None:
-    """Every tile, with one scale a row and with blocks, aligned and not."""
+    """Every tile and shape, with one scale a row and with blocks, aligned and not."""
     found = {}
+    for shape in (shape for _, shapes in _hopper.SHAPES for shape in shapes):
+        for fp8, blocks, static in ((True, False, True), (True, True, False), (False, False, True)):
+            binary = compiled_product(shape, fp8, blocks, static)
+            found[f"{shape}, {fp8=}, {blocks=}"] = counts(binary, 4)
     for blocks, tiles in ((False, scaled_mm.HOPPER_TILES), (True, scaled_mm.HOPPER_BLOCK_TILES)):
         for _, tile in tiles:
             for aligned in (True, False):
                 binary = compiled(tile, blocks, aligned)
-                code = binary.asm["ptx"]
-                found[f"{tile}, {blocks=}, {aligned=}"] = {
-                    "wgmma": len(re.findall(r"wgmma\.mma_async\.\S*\.f32\.e4m3\.e4m3", code)),
-                    "mma.sync": len(re.findall(r"\bmma\.sync", code)),
-                    "fits": binary.metadata.shared <= MOST_SHARED,
-                    "steps of 32 of k": tile.k // 32,
-                }
+                found[f"{tile}, {blocks=}, {aligned=}"] = counts(binary, tile.k // 32)
     print(json.dumps(found))
+
+
+def counts(binary: Any, steps: int) -> dict[str, Any]:
+    """What a binary is made of; ``steps``: wgmmas that a step along k has at least."""
+    code = binary.asm["ptx"]
+    return {
+        "wgmma": len(re.findall(r"wgmma\.mma_async\.\S*\.f32\.(?:e4m3\.e4m3|bf16\.bf16)", code)),
+        "mma.sync": len(re.findall(r"\bmma\.sync", code)),
+        "fits": binary.metadata.shared <= MOST_SHARED,
+        "steps of k": steps,
+    }
 
 
 if __name__ == "__main__":

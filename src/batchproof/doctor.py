@@ -18,16 +18,16 @@ __all__ = ["collect", "render"]
 
 _ABSENT = "not installed"
 _GROUP, _PLUGIN = "vllm.general_plugins", "batchproof"
-_FUSE, _LINEAR, _ALLOWED = "BATCHPROOF_FUSE_NORM_QUANT", "BATCHPROOF_LINEAR", "VLLM_PLUGINS"
-# Name, what counts if it is not set (None: no switch, any value is taken), what it does.
+_FUSE, _ALLOWED = "BATCHPROOF_FUSE_NORM_QUANT", "VLLM_PLUGINS"
+# Name, what counts if it is not set (None: that depends, or any value is taken), what it does.
 _VARIABLES = (
     (ENVIRONMENT_VARIABLE, "0", "1: batch-invariant mode, in vLLM and by batchproof.enable_if_requested()"),
     ("BATCHPROOF_STRICT", "0", "1: vLLM does not start if a hook is missing; 0: the log says so"),
     (_FUSE, "1", "1: norm and fp8 quantisation are one kernel in vLLM's compiled graphs; 0: they stay two"),
     (
         "BATCHPROOF_LINEAR",
-        "0",
-        "1: vLLM's fp8 linear layers are batchproof's, which are not the faster ones yet; 0: vLLM's own",
+        None,
+        "1: vLLM's linear layers and lm_head are batchproof's; 0: vLLM's own; unset: 1 on Hopper, 0 elsewhere",
     ),
     (_ALLOWED, None, "the plug-ins that vLLM may load, with commas between; unset: all"),
     ("VLLM_USE_FLASHINFER_SAMPLER", "1", "0: vLLM samples without FlashInfer, whose logprobs depend on the batch"),

@@ -122,21 +122,21 @@ def test_all_fp8_tiles_agree(k, blocks, device):
 
 def hopper_shapes():
     """Every shape that M may choose, and two consumers with two sides each."""
-    from batchproof.ops._hopper_product import SHAPES, Shape
+    from batchproof.ops._hopper import SHAPES, Shape
 
     return [*(shape for _, shapes in SHAPES for shape in shapes), Shape(2, 2, 128)]
 
 
 def assert_shapes_agree(product, tokens, weight, expected, **given):
     """Each shape gives the rows of ``expected``: poisoned outputs, any number of tokens, weights read early or not."""
-    from batchproof.ops import _hopper_product
+    from batchproof.ops import _hopper, _hopper_product
 
     for shape in hopper_shapes():
         for rows in (len(tokens), 1, 15, 16, 17, 64, 129, 256):
             static = rows % 2 == 0
             out = torch.full_like(expected[:rows], float("nan"))
             some = given | ({"scale_a": given["scale_a"][-rows:]} if "scale_a" in given else {})
-            assert _hopper_product.takes(tokens[-rows:], weight, out, shape)
+            assert _hopper.takes(tokens[-rows:], weight, out, shape)
             _hopper_product.launch(tokens[-rows:], weight, out, shape, static_weights=static, **some)
             assert_same((out,), (expected[-rows:],), f"{product}: {shape}, {rows} rows")
 

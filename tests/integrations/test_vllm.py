@@ -3,8 +3,10 @@
 import importlib
 import importlib.util
 import logging
+import sys
 from functools import partial
 from importlib.metadata import entry_points
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from batchproof.errors import ModeError
 from batchproof.integrations.vllm import HOOKS, Hook, aten, register
 from batchproof.numerics import first_mismatch
+from batchproof.ops.linear import linear
 from batchproof.ops.softmax import softmax
 
 plugin = importlib.import_module("batchproof.integrations.vllm.plugin")
@@ -19,11 +22,12 @@ plugin = importlib.import_module("batchproof.integrations.vllm.plugin")
 
 @pytest.fixture
 def hooks(monkeypatch):
-    """Two hooks, the second missing, in a process that has not registered yet; the list of what gets installed."""
+    """Hooks, the second missing, the third not wanted, in a process new to them; the list of what gets installed."""
     installed = []
     fakes = (
         Hook("present", "what is there", lambda: None, lambda: installed.append("present")),
         Hook("absent", "what is not", lambda: "Engine has no socket", lambda: installed.append("absent")),
+        Hook("off", "who asks", lambda: None, lambda: installed.append("off"), switch="BATCHPROOF_LINEAR"),
     )
     monkeypatch.setattr(plugin, "HOOKS", fakes)
     monkeypatch.setattr(plugin, "_done", False)
@@ -82,15 +86,35 @@ def test_a_malformed_variable_stops_the_start(hooks, monkeypatch, variable):
         register()
 
 
+@pytest.mark.parametrize("default", ["0", "1"])
 @pytest.mark.parametrize("value", ["0", "1", None])
-def test_linear_layers_are_taken_over_only_where_that_is_asked(hooks, monkeypatch, value):
+def test_linear_layers_are_taken_over_where_that_is_asked_or_the_default(hooks, monkeypatch, value, default):
     install = partial(hooks.append, "fp8_linear")
-    fake = Hook("fp8_linear", "linear layers", lambda: None, install, switch="BATCHPROOF_LINEAR")
+    fake = Hook("fp8_linear", "linear layers", lambda: None, install, "BATCHPROOF_LINEAR", lambda: default)
     monkeypatch.setattr(plugin, "HOOKS", (fake,))
     if value is not None:
         monkeypatch.setenv("BATCHPROOF_LINEAR", value)
     register()
-    assert hooks == (["fp8_linear"] if value == "1" else [])
+    assert hooks == (["fp8_linear"] if (value or default) == "1" else [])
+
+
+def test_elsewhere_than_on_hopper_linear_layers_stay_vllms(monkeypatch):
+    monkeypatch.delenv("BATCHPROOF_LINEAR", raising=False)
+    switched = [hook for hook in HOOKS if hook.switch]
+    assert {hook.name for hook in switched} == {"linear", "fp8_linear"}
+    platform = SimpleNamespace(is_cuda=lambda: True, is_device_capability=lambda wanted: wanted == capability)
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    for capability in (80, 89, 90, 100):
+        assert [hook.is_wanted() for hook in switched] == [capability == 90] * 2
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64)])
+def test_linear_takes_the_arguments_of_vllms(shape):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*s, generator=generator).bfloat16() for s in (shape, (48, 64), (48,)))
+    assert first_mismatch(aten.linear(x, weight, bias), linear(x, weight, bias)) is None
+    assert first_mismatch(aten.linear(input=x, weight=weight), linear(x, weight)) is None
 
 
 def test_without_vllm_every_hook_says_what_is_missing():
@@ -102,6 +126,7 @@ def test_without_vllm_every_hook_says_what_is_missing():
         "ir_ops",
         "graph_passes",
         "softmax",
+        "linear",
         "fp8_linear",
     }
     for hook in HOOKS:

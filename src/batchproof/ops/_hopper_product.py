@@ -8,7 +8,7 @@ Invariance: a consumer adds k up in ascending order from zero and in no other wa
 fp32 accumulator; fp8 by groups of 128, each started from zero and added to an fp32 sum. The size and shape of a tile,
 the number of consumers, the side that an operand is on, the order of tiles and the depth of the ring move data, not
 sums: the bits are those of ``linear``'s and ``scaled_mm``'s Triton kernels (measured; tests/gpu). That is why M may
-choose them (``Shape``).
+choose them (``_hopper.Shape``).
 
 With dependent launch, a program starts while the kernel before still runs, and fills its ring with weights, if those
 are known to be there, before it waits for that kernel.
@@ -19,7 +19,7 @@ other's wgmma, and groups of 128, are those of DeepGEMM.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -36,51 +36,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ._hopper import SIDE, Shape, processors
 from ._triton import device_guard, triton
 
-__all__ = ["Shape", "launch", "shape_for", "takes"]
+__all__ = ["launch"]
 
-SIDE = 64  # rows of a wgmma
 STEP_BYTES = 128  # of k in one step, a swizzled row of shared memory: 128 fp8 or 64 bf16 numbers
 MOST_SHARED = 227 * 1024
-FULL = 0.7  # of a GPU's processors: a grid of fewer programs leaves too many idle
 DTYPES = {torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How the output is cut; no bit depends on it.
-
-    A program's tile is ``consumers * sides * 64`` by ``width``. ``swap`` puts the weight's columns on wgmma's side of
-    64 and the tokens on its other, which may be as narrow as 16. ``stages``: depth of the ring, 0 for all that fits.
-    ``group``: as many rows of tiles are worked on together.
-    """
-
-    consumers: int
-    sides: int
-    width: int
-    swap: bool = False
-    stages: int = 0
-    group: int = 8
-
-    @property
-    def height(self) -> int:
-        """Rows of a tile on wgmma's side of 64."""
-        return self.consumers * self.sides * SIDE
-
-    def tiles(self, m: int, n: int) -> int:
-        """Tiles of the output of m tokens by n columns."""
-        left, right = (n, m) if self.swap else (m, n)
-        return -(-left // self.height) * -(-right // self.width)
-
-
-# By the number of tokens, the largest tile first: the first with enough programs for the GPU is taken, or the last.
-SHAPES = (
-    (16, (Shape(1, 1, 16, True, 12, 1),)),
-    (32, (Shape(1, 1, 32, True, 12, 1),)),
-    (64, (Shape(1, 1, 128, False, 8, 1), Shape(1, 1, 64, False, 12, 1), Shape(1, 1, 32, False, 16, 1))),
-    (None, (Shape(2, 1, 128), Shape(2, 1, 64), Shape(1, 1, 64), Shape(1, 1, 32))),
-)
 
 
 @gluon.jit
@@ -355,26 +318,6 @@ def _product_kernel(
         ], [1], [24])  # fmt: skip
 
 
-def shape_for(m: int, n: int, processors: int) -> Shape:
-    """How the output of m tokens by n columns is cut on a GPU of so many multiprocessors."""
-    shapes = next(shapes for most, shapes in SHAPES if most is None or m <= most)
-    for shape in shapes:
-        if shape.tiles(m, n) >= FULL * processors:
-            return shape
-    return shapes[-1]
-
-
-def takes(tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, shape: Shape) -> bool:
-    """Whether the TMA can read [M, K] and [N, K], k the fastest, and write [M, N]: sizes and strides of 16 bytes."""
-    operands = (tokens, weight)
-    return (
-        tokens.dtype in DTYPES
-        and all(t.stride(1) == 1 and t.stride(0) >= t.shape[1] > 0 for t in operands)
-        and all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands)
-        and (shape.swap or (out.shape[1] % 8 == 0 and out.element_size() == 2 and out.data_ptr() % 16 == 0))
-    )
-
-
 @lru_cache
 def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPES[dtype])
@@ -384,10 +327,14 @@ def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescript
     return TensorDescriptor.from_tensor(tensor, [rows, columns], _layout(rows, columns, tensor.dtype))
 
 
-@lru_cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def stages_for(shape: Shape, staged: int) -> int:
+    """The depth of the ring beside so many bytes of output to be stored."""
+    return shape.stages or (MOST_SHARED - staged - 1024) // ((shape.height + shape.width) * STEP_BYTES)
+
+
+def registers_for(shape: Shape) -> int | None:
+    """Of a thread at most, so that several programs of one consumer are beside one another; two have them all."""
+    return None if shape.consumers == 2 else 64 if shape.width <= 32 else 128
 
 
 def launch(
@@ -398,9 +345,9 @@ def launch(
     """Write ``tokens [M, K] @ weight [N, K].T``, times its scales, plus a bias, to ``out`` [M, N], contiguous.
 
     Args:
-        tokens: what ``takes``.
-        weight: what ``takes``.
-        out: what ``takes``.
+        tokens: what ``_hopper.takes``.
+        weight: what ``_hopper.takes``.
+        out: what ``_hopper.takes``.
         shape: of the tiles.
         scale_a: fp32, [M, groups of k]; any strides, 0 for one scale.
         scale_b: fp32, [groups of k, N], or [groups of k, N / 128] for ``blocks``; any strides.
@@ -412,26 +359,24 @@ def launch(
     step = STEP_BYTES // tokens.element_size()
     left, right = (weight, tokens) if shape.swap else (tokens, weight)
     box = SIDE if shape.swap else min(SIDE, max(16, triton.next_power_of_2(m)))
-    height, width = shape.height, shape.width
-    if shape.swap:  # nothing is staged
-        out_desc = _descriptor(weight.view(torch.bfloat16), 16, 64)
-    else:
-        out_desc = _descriptor(out, SIDE, width)
-    staged = shape.consumers * (2048 if shape.swap else SIDE * width * out.element_size())
-    stage = (height + width) * STEP_BYTES
-    stages = shape.stages or (MOST_SHARED - staged - 1024) // stage
-    beside = 1 if shape.consumers == 2 else max(1, MOST_SHARED // (stages * stage + staged + 2048))
+    left_desc, right_desc = _descriptor(left, box, step), _descriptor(right, shape.width, step)
+    out_desc = right_desc if shape.swap else _descriptor(out, SIDE, shape.width)  # if swapped, nothing is staged
+    staged = shape.consumers * math.prod(out_desc.block_shape) * out_desc.base.element_size()
+    stages = stages_for(shape, staged)
+    shared = stages * (shape.height + shape.width) * STEP_BYTES + staged + 2048
+    beside = 1 if shape.consumers == 2 else max(1, MOST_SHARED // shared)
     scales = (out, out) if scale_a is None or scale_b is None else (scale_a, scale_b)  # not read if there are none
     with device_guard(tokens):
         _product_kernel[(min(shape.tiles(m, n), processors(tokens.device) * beside),)](
-            _descriptor(left, box, step), _descriptor(right, width, step), out_desc,
-            *scales, bias, out, m, n, k, *scales[0].stride(), *scales[1].stride(),
-            CONSUMERS=shape.consumers, SIDES=shape.sides, WIDTH=width, STEP=step, STAGES=stages, GROUP=shape.group,
-            BOX=box, K_OF_WGMMA=32 // tokens.element_size(), PROMOTE=tokens.element_size() == 1,
+            left_desc, right_desc, out_desc, *scales, bias, out, m, n, k,
+            *scales[0].stride(), *scales[1].stride(),
+            CONSUMERS=shape.consumers, SIDES=shape.sides, WIDTH=shape.width, STEP=step, STAGES=stages,
+            GROUP=shape.group, BOX=box, K_OF_WGMMA=32 // tokens.element_size(), PROMOTE=tokens.element_size() == 1,
             HAS_SCALES=scale_a is not None, BLOCKS=blocks,
             PER_TOKEN=scales[0].stride(0) != 0, PER_COLUMN=scales[1].stride(1) != 0,
             HAS_BIAS=bias is not None, SWAP=shape.swap, PDL=static_weights,
-            num_warps=4, enable_fp_fusion=False, maxnreg=None if shape.consumers == 2 else 64 if width <= 32 else 128,
+            num_warps=4, enable_fp_fusion=False,
+            maxnreg=registers_for(shape),
             **({"launch_pdl": True} if static_weights else {}),
         )  # fmt: skip
     return out

@@ -19,8 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ import torch
 from ..errors import ArgumentError, ShapeError, UnsupportedError
 from ..registry import OpSpec, register_spec
 from . import _exact
+from ._hopper import is_hopper, product
 from ._library import check_dtype, check_same, register_op, require_no_grad
 from ._packed_weights import packed_transpose
 from ._triton import device_guard, tl, triton
@@ -122,39 +121,6 @@ def tiles_for(x: torch.Tensor) -> tuple[tuple[int | None, Tile], ...]:
     return HOPPER_TILES if is_hopper(x.device) else GENERIC_TILES
 
 
-def is_hopper(device: torch.device) -> bool:
-    """Whether its tensor cores are those whose bits do not depend on the tile."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-_static_weights = False
-
-
-def use_static_weights(use: bool) -> None:
-    """Whether this process's products on Hopper start while the kernel before still runs, and read weights even then.
-
-    For an engine whose weights no kernel writes just before a product: it can be told so, it cannot be seen. It pays
-    after kernels that let others in early, as batchproof's do. No bit depends on it.
-    """
-    global _static_weights
-    _static_weights = use
-
-
-def has_static_weights() -> bool:
-    """What ``use_static_weights`` was told last; at first no."""
-    return _static_weights
-
-
-def hopper_product(device: torch.device) -> ModuleType | None:
-    """The module ``_hopper_product``, where its kernel runs: on Hopper, with a Triton that has Gluon."""
-    if not is_hopper(device):
-        return None
-    try:
-        return import_module("._hopper_product", __package__)
-    except ImportError:
-        return None
-
-
 def launch(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -171,7 +137,8 @@ def launch(
     out = torch.empty((batch, m, n), dtype=out_dtype or a.dtype, device=a.device)
     if out.numel() == 0:
         return out
-    if tile is None and _launch_on_hopper(a, b, bias, beta, alpha, out, pieces):
+    along_columns = bias is None or (tuple(bias.shape) == (n,) and bias.stride(0) == 1 and beta == alpha == 1)
+    if tile is None and batch == pieces == 1 and along_columns and product(a[0], b[0].t(), out[0], bias=bias):
         return out
     if tile is None:
         tile = next(t for most, t in tiles_for(a) if most is None or m <= most)
@@ -185,24 +152,6 @@ def launch(
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out
-
-
-def _launch_on_hopper(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, beta: float, alpha: float, out: torch.Tensor,
-    pieces: int,
-) -> bool:  # fmt: skip
-    """Compute ``out`` by the kernel for Hopper, if it takes such operands; whether it did."""
-    module = hopper_product(a.device)
-    if module is None or a.dtype not in module.DTYPES or a.shape[0] != 1 or pieces != 1:
-        return False
-    if bias is not None and (beta != 1 or alpha != 1 or tuple(bias.shape) != (b.shape[2],) or bias.stride(0) != 1):
-        return False
-    tokens, weight = a[0], b[0].t()
-    shape = module.shape_for(*out.shape[1:], module.processors(a.device))
-    if not module.takes(tokens, weight, out[0], shape):
-        return False
-    module.launch(tokens, weight, out[0], shape, bias=bias, static_weights=has_static_weights())
-    return True
 
 
 def _validate(op: str, a: torch.Tensor, b: torch.Tensor, dims: int) -> None:

@@ -26,10 +26,11 @@ import torch
 from ..errors import DtypeError, ShapeError
 from ..registry import OpSpec, register_spec
 from . import _exact, linear
+from ._hopper import is_hopper, product
 from ._library import FLOAT_DTYPES, check_dtype, register_op, require_no_grad
 from ._quantize import quantize_per_token_reference
 from ._triton import device_guard, tl, triton
-from .linear import add_pieces, check_pieces, is_hopper
+from .linear import add_pieces, check_pieces
 
 __all__ = ["scaled_mm", "scaled_mm_reference"]
 
@@ -165,12 +166,8 @@ def launch(
     rows, columns = _scales(a, b, scale_a, scale_b)
     blocks = rows.shape[1] > 1 or columns.shape[1] != n
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b.t()))
-    module = None if tile is not None or pieces > 1 else linear.hopper_product(a.device)
-    if module is not None:
-        shape = module.shape_for(m, n, module.processors(a.device))
-        if module.takes(a, b, out, shape):
-            module.launch(a, b, out, shape, rows, columns, bias, blocks, linear.has_static_weights())
-            return out
+    if tile is None and pieces == 1 and product(a, b, out, rows, columns, bias, blocks):
+        return out
     if tile is None:
         tile = next(t for most, t in tiles_for(a.device, blocks) if most is None or m <= most)
     grid = (triton.cdiv(m, tile.m), triton.cdiv(n, tile.n))

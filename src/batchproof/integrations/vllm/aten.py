@@ -1,4 +1,4 @@
-"""What vLLM's batch-invariant mode registers for aten, where its own follows the batch."""
+"""What vLLM's batch-invariant mode calls or registers for aten, where its own follows the batch or is slow."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ from typing import Any
 
 import torch
 
+from ...ops import linear as _linear  # noqa: F401 - defines the op
 from ...ops import softmax as _softmax  # noqa: F401 - defines the op
 from ...ops._library import FLOAT_DTYPES
 
-__all__ = ["softmax"]
+__all__ = ["linear", "softmax"]
+
+
+def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """For ``linear_batch_invariant``, which unquantised layers and the language model's head call."""
+    out: torch.Tensor = torch.ops.batchproof.linear.default(input, weight, bias)
+    return out
 
 
 def softmax(input: torch.Tensor, dim: int, dtype: Any = None) -> torch.Tensor:

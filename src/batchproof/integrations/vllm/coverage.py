@@ -69,7 +69,12 @@ COVERAGE: tuple[Coverage, ...] = (
         "one pinned CUTLASS configuration; per-tensor and per-channel weights of any other kernel class go to bf16",
         "nothing known: CUTLASS gave the same rows for M = 1 to 2048 at Llama-8B's shapes",
     ),
-    Coverage("unquantised linear, lm_head", None, "its persistent Triton matmul, one configuration a dtype", NOTHING),
+    Coverage(
+        "unquantised linear, lm_head",
+        "linear",
+        "its persistent Triton matmul, one configuration a dtype",
+        NOTHING,
+    ),
     Coverage("attention, TRITON_ATTN", None, "always its kernel without KV segments", NOTHING),
     Coverage(
         "attention, FLASH_ATTN",

@@ -26,7 +26,8 @@ PROVIDER = "batchproof"  # of vLLM's IR ops, and our key in VllmConfig.additiona
 class Hook:
     """One extension point: what it serves, what it needs of vLLM, and how it is installed.
 
-    ``switch`` is the environment variable that has to be 1 for it, if there is one; ``default`` says what it is if unset.
+    ``switch`` is the environment variable that has to be 1 for it, if there is one; ``default`` is what it counts as
+    where it is not set.
     """
 
     name: str
@@ -197,17 +198,18 @@ def _probe_linear() -> str | None:
 
 
 def _install_linear() -> None:
-    from .linear import linear
+    from .aten import linear
 
     for caller in _CALLERS:
-        import_module(f"vllm.model_executor.layers.{caller}").linear_batch_invariant = linear
+        module: Any = import_module(f"vllm.model_executor.layers.{caller}")
+        module.linear_batch_invariant = linear
     _let_in_early()
 
 
 def _let_in_early() -> None:
     """Norms and products let one another in early: an engine's weights stay as they are."""
+    from ...ops._hopper import use_static_weights
     from ...ops._row_launch import use_dependent_launch
-    from ...ops.linear import use_static_weights
 
     use_dependent_launch(True)
     use_static_weights(True)

@@ -1,4 +1,4 @@
-"""vLLM's linear layers over batchproof's products."""
+"""vLLM's fp8 linear layers over batchproof's product."""
 
 from __future__ import annotations
 
@@ -7,16 +7,9 @@ from typing import Any
 import torch
 from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
 
-from ...ops import linear as _linear  # noqa: F401 - defines the op
 from ...ops import scaled_mm as _scaled_mm  # noqa: F401 - defines the op
 
-__all__ = ["InvariantFP8ScaledMMLinearKernel", "linear"]
-
-
-def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """For vLLM's ``linear_batch_invariant``, which unquantised layers and the language model's head call."""
-    out: torch.Tensor = torch.ops.batchproof.linear.default(input, weight, bias)
-    return out
+__all__ = ["InvariantFP8ScaledMMLinearKernel"]
 
 
 class InvariantFP8ScaledMMLinearKernel(CutlassFP8ScaledMMLinearKernel):

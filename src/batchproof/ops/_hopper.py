@@ -1,0 +1,120 @@
+"""Which products run by the kernel for Hopper (``_hopper_product``), and how their output is cut there.
+
+Invariance: M chooses a shape, and no bit depends on a shape; see ``_hopper_product``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+__all__ = ["SIDE", "Shape", "is_hopper", "processors", "product", "shape_for", "takes", "use_static_weights"]
+
+SIDE = 64  # rows of a wgmma
+DTYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float16)
+FULL = 0.7  # of a GPU's multiprocessors: a grid of fewer programs leaves too many idle
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the output is cut; no bit depends on it.
+
+    A program's tile is ``consumers * sides * 64`` by ``width``. ``swap`` puts the weight's columns on wgmma's side of
+    64 and the tokens on its other, which may be as narrow as 16. ``stages``: depth of the ring, 0 for all that fits.
+    ``group``: as many rows of tiles are worked on together.
+    """
+
+    consumers: int
+    sides: int
+    width: int
+    swap: bool = False
+    stages: int = 0
+    group: int = 8
+
+    @property
+    def height(self) -> int:
+        """Rows of a tile on wgmma's side of 64."""
+        return self.consumers * self.sides * SIDE
+
+    def tiles(self, m: int, n: int) -> int:
+        """Tiles of the output of m tokens by n columns."""
+        left, right = (n, m) if self.swap else (m, n)
+        return -(-left // self.height) * -(-right // self.width)
+
+
+# By the number of tokens, the largest tile first: the first with enough programs for the GPU is taken, or the last.
+SHAPES = (
+    (16, (Shape(1, 1, 16, True, 12, 1),)),
+    (32, (Shape(1, 1, 32, True, 12, 1),)),
+    (64, (Shape(1, 1, 128, False, 8, 1), Shape(1, 1, 64, False, 12, 1), Shape(1, 1, 32, False, 16, 1))),
+    (None, (Shape(2, 1, 128), Shape(2, 1, 64), Shape(1, 1, 64), Shape(1, 1, 32))),
+)
+
+
+def shape_for(m: int, n: int, multiprocessors: int) -> Shape:
+    """How the output of m tokens by n columns is cut on a GPU of so many multiprocessors."""
+    shapes = next(shapes for most, shapes in SHAPES if most is None or m <= most)
+    for shape in shapes:
+        if shape.tiles(m, n) >= FULL * multiprocessors:
+            return shape
+    return shapes[-1]
+
+
+def takes(tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, shape: Shape) -> bool:
+    """Whether the TMA can read [M, K] and [N, K], k the fastest, and write [M, N]: sizes and strides of 16 bytes."""
+    operands = (tokens, weight)
+    return (
+        tokens.dtype in DTYPES
+        and all(t.stride(1) == 1 and t.stride(0) >= t.shape[1] > 0 for t in operands)
+        and all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands)
+        and (shape.swap or (out.shape[1] % 8 == 0 and out.element_size() == 2 and out.data_ptr() % 16 == 0))
+    )
+
+
+@lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether its tensor cores are those whose bits do not depend on the tile."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+_static_weights = False
+
+
+def use_static_weights(use: bool) -> None:
+    """Whether this process's products on Hopper start while the kernel before still runs, and read weights even then.
+
+    For an engine whose weights no kernel writes just before a product: it can be told so, it cannot be seen. It pays
+    after kernels that let others in early, as batchproof's do. No bit depends on it.
+    """
+    global _static_weights
+    _static_weights = use
+
+
+def product(
+    tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, scale_a: torch.Tensor | None = None,
+    scale_b: torch.Tensor | None = None, bias: torch.Tensor | None = None, blocks: bool = False,
+) -> bool:  # fmt: skip
+    """Write ``tokens [M, K] @ weight [N, K].T`` to ``out`` by the kernel for Hopper, if it can; whether it did.
+
+    Scales, bias and blocks are as for ``_hopper_product.launch``.
+    """
+    if not is_hopper(tokens.device):
+        return False
+    shape = shape_for(out.shape[0], out.shape[1], processors(tokens.device))
+    if not takes(tokens, weight, out, shape):
+        return False
+    try:
+        from ._hopper_product import launch
+    except ImportError:  # a Triton without Gluon, or with another
+        return False
+    launch(tokens, weight, out, shape, scale_a, scale_b, bias, blocks, _static_weights)
+    return True
