@@ -53,8 +53,8 @@ def compiled_product(shape: _hopper.Shape, fp8: bool, blocks: bool, static_weigh
     out = right if shape.swap else descriptor(64, shape.width, "bf16", gl.bfloat16)
     staged = shape.consumers * (shape.width * 128 if shape.swap else 64 * shape.width * 2)
     constants: dict[str, Any] = {
-        "CONSUMERS": shape.consumers, "SIDES": shape.sides, "WIDTH": shape.width, "STEP": step,
-        "STAGES": _hopper_product.stages_for(shape, staged), "GROUP": shape.group, "BOX": 64,
+        "CONSUMERS": shape.consumers, "WIDTH": shape.width, "STEP": step,
+        "STAGES": _hopper_product.stages_for(shape, staged), "GROUP": shape.group,
         "K_OF_WGMMA": step // 4, "PROMOTE": fp8, "HAS_SCALES": fp8, "BLOCKS": blocks, "PER_TOKEN": True,
         "PER_COLUMN": True, "HAS_BIAS": True, "SWAP": shape.swap, "PDL": static_weights, "num_warps": 4,
     }  # fmt: skip

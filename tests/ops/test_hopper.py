@@ -13,18 +13,18 @@ FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
 @pytest.mark.parametrize(
     ("m", "n", "expected"),
     [
-        (1, 4096, Shape(1, 1, 16, True, 12, 1)),
-        (16, 128256, Shape(1, 1, 16, True, 12, 1)),
-        (17, 4096, Shape(1, 1, 32, True, 12, 1)),
-        (33, 28672, Shape(1, 1, 128, False, 8, 1)),
-        (64, 6144, Shape(1, 1, 64, False, 12, 1)),
-        (64, 4096, Shape(1, 1, 32, False, 16, 1)),
-        (65, 4096, Shape(1, 1, 64)),
-        (128, 6144, Shape(2, 1, 64)),
-        (256, 4096, Shape(2, 1, 64)),
-        (256, 28672, Shape(2, 1, 128)),
-        (65536, 64, Shape(2, 1, 128)),
-        (65, 8, Shape(1, 1, 32)),
+        (1, 4096, Shape(1, 16, True, 12, 1)),
+        (16, 128256, Shape(1, 16, True, 12, 1)),
+        (17, 4096, Shape(1, 32, True, 12, 1)),
+        (33, 28672, Shape(1, 128, False, 8, 1)),
+        (64, 6144, Shape(1, 64, False, 12, 1)),
+        (64, 4096, Shape(1, 32, False, 16, 1)),
+        (65, 4096, Shape(1, 64)),
+        (128, 6144, Shape(2, 64)),
+        (256, 4096, Shape(2, 64)),
+        (256, 28672, Shape(2, 128)),
+        (65536, 64, Shape(2, 128)),
+        (65, 8, Shape(1, 32)),
     ],
 )
 def test_the_largest_tile_that_keeps_the_gpu_busy_is_taken(m, n, expected):
@@ -57,12 +57,12 @@ def aligned(m, n, k, dtype):
 @pytest.mark.parametrize(("dtype", "k"), [(FP8, 16), (FP8, 4096), (BF16, 8), (torch.float16, 72)])
 def test_what_the_tma_can_read_is_taken(dtype, k):
     tokens, weight = aligned(5, 24, k, dtype)
-    assert takes(tokens, weight, torch.empty(5, 24, dtype=BF16), Shape(2, 1, 128))
-    assert takes(tokens[1:4], weight[8:], torch.empty(3, 16, dtype=BF16), Shape(2, 1, 128))
+    assert takes(tokens, weight, torch.empty(5, 24, dtype=BF16), Shape(2, 128))
+    assert takes(tokens[1:4], weight[8:], torch.empty(3, 16, dtype=BF16), Shape(2, 128))
 
 
 def test_what_the_tma_cannot_read_or_write_is_not_taken():
-    swapped, straight = SHAPES[0][1][0], Shape(2, 1, 128)
+    swapped, straight = SHAPES[0][1][0], Shape(2, 128)
     tokens, weight = aligned(5, 24, 64, FP8)
     out = torch.empty(5, 24, dtype=BF16)
 

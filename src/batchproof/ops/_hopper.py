@@ -21,13 +21,12 @@ FULL = 0.7  # of a GPU's multiprocessors: a grid of fewer programs leaves too ma
 class Shape:
     """How the output is cut; no bit depends on it.
 
-    A program's tile is ``consumers * sides * 64`` by ``width``. ``swap`` puts the weight's columns on wgmma's side of
+    A program's tile is ``consumers * 64`` by ``width``. ``swap`` puts the weight's columns on wgmma's side of
     64 and the tokens on its other, which may be as narrow as 16. ``stages``: depth of the ring, 0 for all that fits.
     ``group``: as many rows of tiles are worked on together.
     """
 
     consumers: int
-    sides: int
     width: int
     swap: bool = False
     stages: int = 0
@@ -36,7 +35,7 @@ class Shape:
     @property
     def height(self) -> int:
         """Rows of a tile on wgmma's side of 64."""
-        return self.consumers * self.sides * SIDE
+        return self.consumers * SIDE
 
     def tiles(self, m: int, n: int) -> int:
         """Tiles of the output of m tokens by n columns."""
@@ -46,10 +45,10 @@ class Shape:
 
 # By the number of tokens, the largest tile first: the first with enough programs for the GPU is taken, or the last.
 SHAPES = (
-    (16, (Shape(1, 1, 16, True, 12, 1),)),
-    (32, (Shape(1, 1, 32, True, 12, 1),)),
-    (64, (Shape(1, 1, 128, False, 8, 1), Shape(1, 1, 64, False, 12, 1), Shape(1, 1, 32, False, 16, 1))),
-    (None, (Shape(2, 1, 128), Shape(2, 1, 64), Shape(1, 1, 64), Shape(1, 1, 32))),
+    (16, (Shape(1, 16, True, 12, 1),)),
+    (32, (Shape(1, 32, True, 12, 1),)),
+    (64, (Shape(1, 128, False, 8, 1), Shape(1, 64, False, 12, 1), Shape(1, 32, False, 16, 1))),
+    (None, (Shape(2, 128), Shape(2, 64), Shape(1, 64), Shape(1, 32))),
 )
 
 

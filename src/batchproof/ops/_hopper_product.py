@@ -37,7 +37,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._hopper import SIDE, Shape, processors
-from ._triton import device_guard, triton
+from ._triton import device_guard
 
 __all__ = ["launch"]
 
@@ -56,20 +56,18 @@ def _place(tile, lefts, rights, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _load_side(desc, ring, ready, stage, row, k, wanted, COUNT: gl.constexpr, BOX: gl.constexpr):
-    """Ask the TMA for an operand's part of a step: COUNT boxes, each of BOX rows, 64 or one box apart."""
+def _load_side(desc, ring, ready, stage, row, k, wanted, COUNT: gl.constexpr):
+    """Ask the TMA for an operand's part of a step: COUNT boxes, one above the other. Past the end are zeros."""
     for i in gl.static_range(COUNT):
         box = ring.index(stage * COUNT + i)
-        if BOX < box.shape[0]:  # what else is there changes no row but its own
-            box = box.slice(0, BOX)
-        tma.async_copy_global_to_shared(desc, [row + i * 64, k], ready, box, pred=wanted)
+        tma.async_copy_global_to_shared(desc, [row + i * box.shape[0], k], ready, box, pred=wanted)
 
 
 @gluon.jit
 def _load(
     left_desc, right_desc, left_ring, right_ring, full, empty, lefts, rights, steps,
-    COUNT: gl.constexpr, BOX: gl.constexpr, WIDTH: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, SWAP: gl.constexpr, PDL: gl.constexpr, BYTES: gl.constexpr,
+    CONSUMERS: gl.constexpr, WIDTH: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    SWAP: gl.constexpr, PDL: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     """The producer: one warp."""
     ahead = 0  # steps whose weights were asked for before the kernel before had ended
@@ -77,40 +75,38 @@ def _load(
         left, right = _place(gl.program_id(0), lefts, rights, GROUP)
         ahead = gl.minimum(steps, STAGES)
         for step in range(ahead):
-            mbarrier.expect(full.index(step), BYTES)
             ready, k = full.index(step), step * STEP
+            mbarrier.expect(ready, BYTES)
             if SWAP:
-                _load_side(left_desc, left_ring, ready, step, left * COUNT * 64, k, True, COUNT, BOX)
+                _load_side(left_desc, left_ring, ready, step, left * CONSUMERS * 64, k, True, CONSUMERS)
             else:
-                _load_side(right_desc, right_ring, ready, step, right * WIDTH, k, True, 1, WIDTH)
+                _load_side(right_desc, right_ring, ready, step, right * WIDTH, k, True, 1)
         gdc_wait()
     done = 0
     for tile in range(gl.program_id(0), lefts * rights, gl.num_programs(0)):
         left, right = _place(tile, lefts, rights, GROUP)
         for step in range(steps):
-            stage = done % STAGES
+            stage, k = done % STAGES, step * STEP
             ready = full.index(stage)
             new = done >= ahead
             mbarrier.wait(empty.index(stage), (done // STAGES & 1) ^ 1)
             mbarrier.expect(ready, BYTES, pred=new)
             _load_side(
-                left_desc, left_ring, ready, stage, left * COUNT * 64, step * STEP, new if SWAP else True, COUNT, BOX
+                left_desc, left_ring, ready, stage, left * CONSUMERS * 64, k, new if SWAP else True, CONSUMERS
             )  # fmt: skip
-            _load_side(
-                right_desc, right_ring, ready, stage, right * WIDTH, step * STEP, True if SWAP else new, 1, WIDTH
-            )  # fmt: skip
+            _load_side(right_desc, right_ring, ready, stage, right * WIDTH, k, True if SWAP else new, 1)
             done += 1
 
 
 @gluon.jit
 def _multiply(
     left_ring, right_ring, full, done, start, accumulate,
-    SIDE_OF: gl.constexpr, SIDES: gl.constexpr, STAGES: gl.constexpr,
+    WHICH: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Wait for a step's tiles and start their product on the tensor core."""
     stage = done % STAGES
     mbarrier.wait(full.index(stage), done // STAGES & 1)
-    left, right = left_ring.index(stage * SIDES + SIDE_OF), right_ring.index(stage).permute((1, 0))
+    left, right = left_ring.index(stage * CONSUMERS + WHICH), right_ring.index(stage).permute((1, 0))
     return warpgroup_mma(left, right, start, use_acc=accumulate, is_async=True)
 
 
@@ -147,24 +143,22 @@ def _compute(
     WHICH: gl.constexpr, left_ring, right_ring, staging, full, empty, out_desc,
     scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, lefts, rights, steps, num_tokens, num_columns,
     scale_a_row, scale_a_group, scale_b_group, scale_b_column,
-    CONSUMERS: gl.constexpr, SIDES: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    CONSUMERS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     K_OF_WGMMA: gl.constexpr, PROMOTE: gl.constexpr, HAS_SCALES: gl.constexpr, BLOCKS: gl.constexpr,
     PER_TOKEN: gl.constexpr, PER_COLUMN: gl.constexpr, HAS_BIAS: gl.constexpr, SWAP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Consumer number WHICH: four warps. Its part of a tile is SIDES times 64 rows, each with a sum of its own."""
+    """Consumer number WHICH: four warps, and 64 rows of a tile."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, K_OF_WGMMA])
-    ALL: gl.constexpr = CONSUMERS * SIDES
-    MINE: gl.constexpr = WHICH * SIDES
     TOKEN_AXIS: gl.constexpr = 1 if SWAP else 0
     SCALE: gl.constexpr = HAS_SCALES and not BLOCKS
-    SOON: gl.constexpr = SIDES == 1 and (WIDTH <= 32 or not (PER_TOKEN or PER_COLUMN))  # where there are registers
+    SOON: gl.constexpr = WIDTH <= 32 or not (PER_TOKEN or PER_COLUMN)  # where there are registers to hold scales
     if PDL:
         gdc_wait()
     done = 0
     zero = gl.zeros([64, WIDTH], gl.float32, layout)
     for tile in range(gl.program_id(0), lefts * rights, gl.num_programs(0)):
         left, right = _place(tile, lefts, rights, GROUP)
-        row = (left * ALL + MINE) * 64
+        row = (left * CONSUMERS + WHICH) * 64
         rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
         across = right * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
         tokens = across if SWAP else rows
@@ -173,83 +167,56 @@ def _compute(
         if SCALE and SOON:
             scale_a = _along(scale_a_ptr, tokens, scale_a_row, num_tokens, PER_TOKEN, 1 - TOKEN_AXIS)
             scale_b = _along(scale_b_ptr, columns, scale_b_column, num_columns, PER_COLUMN, TOKEN_AXIS)
-        low = gl.zeros([64, WIDTH], gl.float32, layout)
-        high = gl.zeros([64, WIDTH], gl.float32, layout)
+        total = gl.zeros([64, WIDTH], gl.float32, layout)
         if not PROMOTE:
             for _step in range(steps):
-                low = _multiply(left_ring, right_ring, full, done, low, True, MINE, ALL, STAGES)
-                if SIDES == 2:
-                    high = _multiply(left_ring, right_ring, full, done, high, True, MINE + 1, ALL, STAGES)
-                    low, high = warpgroup_mma_wait(0, deps=[low, high])
-                else:
-                    low = warpgroup_mma_wait(0, deps=[low])
+                total = _multiply(left_ring, right_ring, full, done, total, True, WHICH, CONSUMERS, STAGES)
+                total = warpgroup_mma_wait(0, deps=[total])
                 _free(empty, done, STAGES)
-                done += 1
-        elif SIDES == 2:  # one after the other, for want of registers: the other consumer's are at work meanwhile
-            for step in range(steps):
-                part = _multiply(left_ring, right_ring, full, done, zero, False, MINE, ALL, STAGES)
-                part = warpgroup_mma_wait(0, deps=[part])
-                low += _scaled(
-                    part, scale_a_ptr, block_ptr, tokens, num_tokens, step, scale_a_row, scale_a_group, scale_b_group,
-                    BLOCKS, 1 - TOKEN_AXIS,
-                )  # fmt: skip
-                part = _multiply(left_ring, right_ring, full, done, zero, False, MINE + 1, ALL, STAGES)
-                part = warpgroup_mma_wait(0, deps=[part])
-                _free(empty, done, STAGES)
-                high += _scaled(
-                    part, scale_a_ptr, block_ptr, tokens + 64, num_tokens, step, scale_a_row, scale_a_group,
-                    scale_b_group, BLOCKS, 1 - TOKEN_AXIS,
-                )  # fmt: skip
                 done += 1
         else:  # two groups at a time, the second at work while the first is added
             for step in range(0, steps - 1, 2):
-                part = _multiply(left_ring, right_ring, full, done, zero, False, MINE, ALL, STAGES)
-                other = _multiply(left_ring, right_ring, full, done + 1, zero, False, MINE, ALL, STAGES)
+                part = _multiply(left_ring, right_ring, full, done, zero, False, WHICH, CONSUMERS, STAGES)
+                other = _multiply(left_ring, right_ring, full, done + 1, zero, False, WHICH, CONSUMERS, STAGES)
                 part = warpgroup_mma_wait(1, deps=[part])
                 _free(empty, done, STAGES)
-                low += _scaled(
+                total += _scaled(
                     part, scale_a_ptr, block_ptr, tokens, num_tokens, step, scale_a_row, scale_a_group, scale_b_group,
                     BLOCKS, 1 - TOKEN_AXIS,
                 )  # fmt: skip
                 other = warpgroup_mma_wait(0, deps=[other])
                 _free(empty, done + 1, STAGES)
-                low += _scaled(
+                total += _scaled(
                     other, scale_a_ptr, block_ptr, tokens, num_tokens, step + 1, scale_a_row, scale_a_group,
                     scale_b_group, BLOCKS, 1 - TOKEN_AXIS,
                 )  # fmt: skip
                 done += 2
             if steps % 2 == 1:
-                part = _multiply(left_ring, right_ring, full, done, zero, False, MINE, ALL, STAGES)
+                part = _multiply(left_ring, right_ring, full, done, zero, False, WHICH, CONSUMERS, STAGES)
                 part = warpgroup_mma_wait(0, deps=[part])
                 _free(empty, done, STAGES)
-                low += _scaled(
+                total += _scaled(
                     part, scale_a_ptr, block_ptr, tokens, num_tokens, steps - 1, scale_a_row, scale_a_group,
                     scale_b_group, BLOCKS, 1 - TOKEN_AXIS,
                 )  # fmt: skip
                 done += 1
-        for i in gl.static_range(SIDES):
-            total = low if i == 0 else high
-            if i == 1:
-                rows += 64
-                tokens = across if SWAP else rows
-                columns = rows if SWAP else across
-            if SCALE:
-                if not SOON:
-                    scale_a = _along(scale_a_ptr, tokens, scale_a_row, num_tokens, PER_TOKEN, 1 - TOKEN_AXIS)
-                    scale_b = _along(scale_b_ptr, columns, scale_b_column, num_columns, PER_COLUMN, TOKEN_AXIS)
-                total = total * scale_b * scale_a
-            if HAS_BIAS:
-                total += _along(bias_ptr, columns, 1, num_columns, True, TOKEN_AXIS).to(gl.float32)
-            out = total.to(out_ptr.dtype.element_ty)
-            if SWAP:
-                out_ptrs = out_ptr + tokens.to(gl.int64)[None, :] * num_columns + columns[:, None]
-                gl.store(out_ptrs, out, mask=(columns < num_columns)[:, None] & (tokens < num_tokens)[None, :])
-            else:
-                mine = staging.index(WHICH)
-                tma.store_wait(0)  # what was there has left
-                mine.store(out)
-                fence_async_shared()
-                tma.async_copy_shared_to_global(out_desc, [row + i * 64, right * WIDTH], mine)
+        if SCALE:
+            if not SOON:
+                scale_a = _along(scale_a_ptr, tokens, scale_a_row, num_tokens, PER_TOKEN, 1 - TOKEN_AXIS)
+                scale_b = _along(scale_b_ptr, columns, scale_b_column, num_columns, PER_COLUMN, TOKEN_AXIS)
+            total = total * scale_b * scale_a
+        if HAS_BIAS:
+            total += _along(bias_ptr, columns, 1, num_columns, True, TOKEN_AXIS).to(gl.float32)
+        out = total.to(out_ptr.dtype.element_ty)
+        if SWAP:
+            out_ptrs = out_ptr + tokens.to(gl.int64)[None, :] * num_columns + columns[:, None]
+            gl.store(out_ptrs, out, mask=(columns < num_columns)[:, None] & (tokens < num_tokens)[None, :])
+        else:
+            mine = staging.index(WHICH)
+            tma.store_wait(0)  # the tile before has left
+            mine.store(out)
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out_desc, [row, right * WIDTH], mine)
     if not SWAP:
         tma.store_wait(0)
 
@@ -258,8 +225,8 @@ def _compute(
 def _product_kernel(
     left_desc, right_desc, out_desc, scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, num_tokens, num_columns, k,
     scale_a_row, scale_a_group, scale_b_group, scale_b_column,
-    CONSUMERS: gl.constexpr, SIDES: gl.constexpr, WIDTH: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, BOX: gl.constexpr, K_OF_WGMMA: gl.constexpr, PROMOTE: gl.constexpr,
+    CONSUMERS: gl.constexpr, WIDTH: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, K_OF_WGMMA: gl.constexpr, PROMOTE: gl.constexpr,
     HAS_SCALES: gl.constexpr, BLOCKS: gl.constexpr, PER_TOKEN: gl.constexpr, PER_COLUMN: gl.constexpr,
     HAS_BIAS: gl.constexpr, SWAP: gl.constexpr, PDL: gl.constexpr,
     num_warps: gl.constexpr,
@@ -268,10 +235,8 @@ def _product_kernel(
     if PDL:
         gdc_launch_dependents()
     dtype: gl.constexpr = left_desc.dtype
-    COUNT: gl.constexpr = CONSUMERS * SIDES
-    BYTES: gl.constexpr = (COUNT * BOX + WIDTH) * 128
-    left_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, STEP], dtype)
-    left_ring = gl.allocate_shared_memory(dtype, [STAGES * COUNT, 64, STEP], left_layout)
+    BYTES: gl.constexpr = (CONSUMERS * 64 + WIDTH) * 128
+    left_ring = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, 64, STEP], left_desc.layout)
     right_ring = gl.allocate_shared_memory(dtype, [STAGES, WIDTH, STEP], right_desc.layout)
     rows: gl.constexpr = out_desc.block_shape[0]
     staged: gl.constexpr = [CONSUMERS, rows, out_desc.block_shape[1]]
@@ -281,7 +246,7 @@ def _product_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
-    lefts = gl.cdiv(num_columns if SWAP else num_tokens, COUNT * 64)
+    lefts = gl.cdiv(num_columns if SWAP else num_tokens, CONSUMERS * 64)
     rights = gl.cdiv(num_tokens if SWAP else num_columns, WIDTH)
     steps = gl.cdiv(k, STEP)
     if CONSUMERS == 2:
@@ -289,18 +254,18 @@ def _product_kernel(
             (_compute, (
                 0, left_ring, right_ring, staging, full, empty, out_desc,
                 scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, lefts, rights, steps, num_tokens, num_columns,
-                scale_a_row, scale_a_group, scale_b_group, scale_b_column, CONSUMERS, SIDES, WIDTH, STAGES, GROUP,
+                scale_a_row, scale_a_group, scale_b_group, scale_b_column, CONSUMERS, WIDTH, STAGES, GROUP,
                 K_OF_WGMMA, PROMOTE, HAS_SCALES, BLOCKS, PER_TOKEN, PER_COLUMN, HAS_BIAS, SWAP, PDL,
             )),
             (_compute, (
                 1, left_ring, right_ring, staging, full, empty, out_desc,
                 scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, lefts, rights, steps, num_tokens, num_columns,
-                scale_a_row, scale_a_group, scale_b_group, scale_b_column, CONSUMERS, SIDES, WIDTH, STAGES, GROUP,
+                scale_a_row, scale_a_group, scale_b_group, scale_b_column, CONSUMERS, WIDTH, STAGES, GROUP,
                 K_OF_WGMMA, PROMOTE, HAS_SCALES, BLOCKS, PER_TOKEN, PER_COLUMN, HAS_BIAS, SWAP, PDL,
             )),
             (_load, (
                 left_desc, right_desc, left_ring, right_ring, full, empty, lefts, rights, steps,
-                COUNT, BOX, WIDTH, STEP, STAGES, GROUP, SWAP, PDL, BYTES,
+                CONSUMERS, WIDTH, STEP, STAGES, GROUP, SWAP, PDL, BYTES,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
@@ -308,12 +273,12 @@ def _product_kernel(
             (_compute, (
                 0, left_ring, right_ring, staging, full, empty, out_desc,
                 scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, lefts, rights, steps, num_tokens, num_columns,
-                scale_a_row, scale_a_group, scale_b_group, scale_b_column, CONSUMERS, SIDES, WIDTH, STAGES, GROUP,
+                scale_a_row, scale_a_group, scale_b_group, scale_b_column, CONSUMERS, WIDTH, STAGES, GROUP,
                 K_OF_WGMMA, PROMOTE, HAS_SCALES, BLOCKS, PER_TOKEN, PER_COLUMN, HAS_BIAS, SWAP, PDL,
             )),
             (_load, (
                 left_desc, right_desc, left_ring, right_ring, full, empty, lefts, rights, steps,
-                COUNT, BOX, WIDTH, STEP, STAGES, GROUP, SWAP, PDL, BYTES,
+                CONSUMERS, WIDTH, STEP, STAGES, GROUP, SWAP, PDL, BYTES,
             )),
         ], [1], [24])  # fmt: skip
 
@@ -358,8 +323,7 @@ def launch(
     (m, k), n = tokens.shape, weight.shape[0]
     step = STEP_BYTES // tokens.element_size()
     left, right = (weight, tokens) if shape.swap else (tokens, weight)
-    box = SIDE if shape.swap else min(SIDE, max(16, triton.next_power_of_2(m)))
-    left_desc, right_desc = _descriptor(left, box, step), _descriptor(right, shape.width, step)
+    left_desc, right_desc = _descriptor(left, SIDE, step), _descriptor(right, shape.width, step)
     out_desc = right_desc if shape.swap else _descriptor(out, SIDE, shape.width)  # if swapped, nothing is staged
     staged = shape.consumers * math.prod(out_desc.block_shape) * out_desc.base.element_size()
     stages = stages_for(shape, staged)
@@ -370,8 +334,8 @@ def launch(
         _product_kernel[(min(shape.tiles(m, n), processors(tokens.device) * beside),)](
             left_desc, right_desc, out_desc, *scales, bias, out, m, n, k,
             *scales[0].stride(), *scales[1].stride(),
-            CONSUMERS=shape.consumers, SIDES=shape.sides, WIDTH=shape.width, STEP=step, STAGES=stages,
-            GROUP=shape.group, BOX=box, K_OF_WGMMA=32 // tokens.element_size(), PROMOTE=tokens.element_size() == 1,
+            CONSUMERS=shape.consumers, WIDTH=shape.width, STEP=step, STAGES=stages, GROUP=shape.group,
+            K_OF_WGMMA=32 // tokens.element_size(), PROMOTE=tokens.element_size() == 1,
             HAS_SCALES=scale_a is not None, BLOCKS=blocks,
             PER_TOKEN=scales[0].stride(0) != 0, PER_COLUMN=scales[1].stride(1) != 0,
             HAS_BIAS=bias is not None, SWAP=shape.swap, PDL=static_weights,
