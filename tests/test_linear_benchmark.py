@@ -37,6 +37,7 @@ def test_every_format_is_raced_against_what_can_be_imported(bench, tmp_path, cap
     assert [(row["format"], row["tokens"]) for row in rows] == [(f, m) for f in bench.linear.FORMATS for m in (1, 17)]
     for row in rows:
         assert row["times"]["ours"]["median_us"] > 0
+        assert row["times"]["ours, static weights"]["median_us"] > 0
         assert row["errors"]["ours"] < 0.01
         assert ("torch" in row["times"]) == (row["format"] != "fp8 blocks")
         assert "torch" in row["times"] or "DeepGEMM" in row["missing"]
@@ -66,7 +67,7 @@ def test_a_peer_that_computes_something_else_is_missing(bench, tmp_path, monkeyp
     assert race(bench, tmp_path / "linear.json", "--formats", "bf16") == 0
     row = json.loads((tmp_path / "linear.json").read_text())["rows"][0]
     assert "off by 1 of the norm" in row["missing"]["torch"]
-    assert list(row["times"]) == ["ours"]
+    assert set(row["times"]) == {"ours", "ours, static weights"}
 
 
 def test_a_shape_is_checked(bench, tmp_path, capsys):
