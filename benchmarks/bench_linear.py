@@ -25,7 +25,8 @@ from batchproof.ops._hopper import use_static_weights
 from batchproof.ops._quantize import quantize_static_fp8_reference
 from batchproof.ops.scaled_mm import scaled_mm_reference
 from errors import Refused
-from tables import OURS, best_peer
+from linear_tables import full
+from tables import OURS
 
 Product = Callable[[Any], torch.Tensor]
 
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "how": __doc__, "copy_gbps": round(copy_gbps, 1), "rounds": options.rounds,
         "vllm_batch_invariant": os.environ.get("VLLM_BATCH_INVARIANT", "0"), "rows": rows,
     }  # fmt: skip
-    print(report(rows))
+    print(full([result]))
     return result
 
 
@@ -228,25 +229,6 @@ def _race(
         "floor_us": round(moved / copy_gbps / 1e3, 3), "missing": failed | more, "times": times,
         "errors": {name: round(error, 8) for name, error in errors.items()},
     }  # fmt: skip
-
-
-def report(rows: list[dict[str, Any]]) -> str:
-    """A line a product, and the sums over a model's products."""
-    lines = [f"{'product':44} {'floor':>8} {'ours':>8} {'early':>8} {'best':>8} ratio  best peer"]
-    sums: dict[tuple[str, str, int], list[float]] = {}
-    for row in rows:
-        ours, best = row["times"][OURS]["median_us"], best_peer(row["times"])
-        name = f"{row['format']} {row['tokens']} x {row['n']}x{row['k']}"
-        early = row["times"][EARLY]["median_us"]
-        peer = f"{best[1]:8.2f} {ours / best[1]:5.2f}  {best[0]}" if best else ""
-        lines.append(f"{name:44} {row['floor_us']:8.2f} {ours:8.2f} {early:8.2f} {peer}")
-        total = sums.setdefault((row["format"], row["model"], row["tokens"]), [0.0] * 4)
-        for i, value in enumerate((row["floor_us"], ours, early, best[1] if best else 0.0)):
-            total[i] += value
-    for (form, model, tokens), total in sums.items():
-        figures = " ".join(f"{value:8.2f}" for value in total)
-        lines.append(f"{f'sum of {model}, {form}, {tokens}':44} {figures}")
-    return "\n".join(lines)
 
 
 def _distance(out: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -43,8 +43,9 @@ def test_every_format_is_raced_against_what_can_be_imported(bench, tmp_path, cap
         assert "torch" in row["times"] or "DeepGEMM" in row["missing"]
         assert row["floor_us"] > 0
     printed = capsys.readouterr().out
-    assert "sum of shapes, fp8, 17" in printed
-    assert "bf16 1 x 128x256" in printed
+    assert "**fp8, shapes**: 128x256" in printed
+    assert "| tokens | floor | batchproof | torch |" in printed
+    assert printed.count("\n| 17 | ") == len(bench.linear.FORMATS)
 
 
 def test_a_product_that_varies_is_not_timed(bench, tmp_path, monkeypatch, capsys):
@@ -68,6 +69,32 @@ def test_a_peer_that_computes_something_else_is_missing(bench, tmp_path, monkeyp
     row = json.loads((tmp_path / "linear.json").read_text())["rows"][0]
     assert "off by 1 of the norm" in row["missing"]["torch"]
     assert set(row["times"]) == {"ours", "ours, static weights"}
+
+
+def row(form, tokens, n, errors=(), **times):
+    figures = {name.replace("_", " "): {"median_us": us} for name, us in times.items()}
+    return {
+        "format": form, "model": "A", "tokens": tokens, "n": n, "k": 256, "floor_us": n / 100, "times": figures,
+        "errors": dict(errors),
+    }  # fmt: skip
+
+
+def test_the_table_sums_what_did_every_product(bench):
+    from linear_tables import full
+
+    static = "ours, static weights"
+    rows = [row("fp8", 8, 128, torch=5.0, half=1.0), row("fp8", 8, 256, {"ours": 1e-3, "torch": 2e-3}, torch=7.0)]
+    for one, ours, early in zip(rows, (4.0, 6.0), (3.0, 5.0), strict=True):
+        one["times"] |= {"ours": {"median_us": ours}, static: {"median_us": early}, "vLLM CUTLASS": {"median_us": 9.0}}
+    again = [dict(one) | {"times": {"vLLM CUTLASS": {"median_us": 20.0}, "torch": {"median_us": 0.1}}} for one in rows]
+    results = [{"rows": rows, "vllm_batch_invariant": "0"}, {"rows": again, "vllm_batch_invariant": "1"}]
+    lines = full(results).splitlines()
+    assert lines[0] == "**fp8, A**: sum over 128x256, 256x256"
+    head = "| tokens | floor | torch | half | batchproof | batchproof, static weights | vLLM CUTLASS | "
+    assert lines[2] == head + "vLLM CUTLASS, batch-invariant | best peer | ratio |"
+    assert lines[4] == "| 8 | 3.84 | 12.00 | - | 10.00 | 8.00 | 18.00 | 40.00 | torch | 0.67 |"
+    assert lines[3].count("---") == lines[2].count("|") - 1 == lines[4].count("|") - 1
+    assert "fp8, as a share of the norm of the output: batchproof 1.00e-03, torch 2.00e-03." in full(results)
 
 
 def test_a_shape_is_checked(bench, tmp_path, capsys):
