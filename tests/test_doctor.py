@@ -10,9 +10,10 @@ from batchproof import cli, doctor
 from batchproof.integrations.vllm import Hook
 from batchproof.integrations.vllm.coverage import COVERAGE, NOTHING
 
-NAMES = ("rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "softmax", "linear", "fp8_linear")
+LINEAR = ("linear", "fp8_linear", "fp8_block_linear")
+NAMES = ("rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "softmax", *LINEAR)
 VARIABLES = ("VLLM_BATCH_INVARIANT", "BATCHPROOF_STRICT", "BATCHPROOF_FUSE_NORM_QUANT", "VLLM_USE_FLASHINFER_SAMPLER")
-SWITCHES = dict.fromkeys(("linear", "fp8_linear"), "BATCHPROOF_LINEAR")
+SWITCHES = dict.fromkeys(LINEAR, "BATCHPROOF_LINEAR")
 ABSENT_ENTRY_POINT = "this installation of batchproof has no such entry point"
 
 

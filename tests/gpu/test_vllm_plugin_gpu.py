@@ -235,3 +235,42 @@ def test_fp8_layers_run_our_product(current, generator, monkeypatch, per_token):
     same(whole, batchproof.scaled_mm(quantised, module.weight, scale, module.weight_scale))
     for rows in (slice(0, 1), slice(299, 300), slice(17, 50), slice(0, 257)):
         same(kernel.apply_weights(module, x[rows]), whole[rows])
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+@pytest.mark.parametrize("n", [576, 1024])
+def test_fp8_layers_with_scales_for_blocks_run_our_product(current, generator, n, side_by_side):
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynamic128Sym, kFp8Static128BlockSym
+
+    from batchproof.integrations.vllm.block_linear import InvariantFp8BlockScaledMMKernel
+    from batchproof.integrations.vllm.hooks import _install_fp8_block_linear
+
+    _install_fp8_block_linear()
+    keys = (kFp8Dynamic128Sym, kFp8Static128BlockSym)
+    kernel = linear.init_fp8_linear_kernel(*keys, torch.bfloat16, torch.bfloat16, (n, HIDDEN))
+    assert type(kernel) is InvariantFp8BlockScaledMMKernel
+    module = torch.nn.Module()
+    weight = torch.randn(n, HIDDEN, device="cuda", generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-n // 128), HIDDEN // 128, device="cuda", generator=generator)
+    module.weight, module.weight_scale_inv = (torch.nn.Parameter(t, requires_grad=False) for t in (weight, scale))
+    kernel.process_weights_after_loading(module)
+    bias = torch.randn(n, device="cuda", generator=generator).bfloat16()
+    x = torch.randn(300, 2 * HIDDEN, device="cuda", generator=generator).bfloat16()[:, HIDDEN:]
+    x = x.contiguous() if side_by_side else x
+    whole = kernel.apply_weights(module, x, bias)
+    quantised, token_scale = kernel.quant_fp8(x.contiguous())
+    same(whole, batchproof.scaled_mm(quantised, weight.t(), token_scale, scale.t(), bias))
+    for rows in (slice(0, 1), slice(299, 300), slice(17, 50), slice(0, 257)):
+        same(kernel.apply_weights(module, x[rows], bias), whole[rows])
+
+
+def test_without_its_list_of_kernels_the_hook_for_blocks_says_so(monkeypatch):
+    from vllm.model_executor.kernels import linear
+
+    from batchproof.integrations.vllm import HOOKS
+
+    hook = next(hook for hook in HOOKS if hook.name == "fp8_block_linear")
+    assert hook.missing() is None
+    monkeypatch.setattr(linear, "_POSSIBLE_FP8_BLOCK_KERNELS", {})
+    assert "no list of fp8 linear kernels with scales for blocks" in hook.missing()

@@ -6,6 +6,7 @@ import logging
 import sys
 from functools import partial
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from batchproof.errors import ModeError
 from batchproof.integrations.vllm import HOOKS, Hook, aten, register
 from batchproof.numerics import first_mismatch
 from batchproof.ops.linear import linear
+from batchproof.ops.scaled_mm import scaled_mm
 from batchproof.ops.softmax import softmax
 
 plugin = importlib.import_module("batchproof.integrations.vllm.plugin")
@@ -101,12 +103,13 @@ def test_linear_layers_are_taken_over_where_that_is_asked_or_the_default(hooks, 
 def test_elsewhere_than_on_hopper_linear_layers_stay_vllms(monkeypatch):
     monkeypatch.delenv("BATCHPROOF_LINEAR", raising=False)
     switched = [hook for hook in HOOKS if hook.switch]
-    assert {hook.name for hook in switched} == {"linear", "fp8_linear"}
+    assert {hook.name for hook in switched} == {"linear", "fp8_linear", "fp8_block_linear"}
     platform = SimpleNamespace(is_cuda=lambda: True, is_device_capability=lambda wanted: wanted == capability)
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
     for capability in (80, 89, 90, 100):
-        assert [hook.is_wanted() for hook in switched] == [capability == 90] * 2
+        wanted = {hook.name for hook in switched if hook.is_wanted()}
+        assert wanted == ({"linear", "fp8_linear"} if capability == 90 else set())
 
 
 @pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64)])
@@ -115,6 +118,120 @@ def test_linear_takes_the_arguments_of_vllms(shape):
     x, weight, bias = (torch.randn(*s, generator=generator).bfloat16() for s in (shape, (48, 64), (48,)))
     assert first_mismatch(aten.linear(x, weight, bias), linear(x, weight, bias)) is None
     assert first_mismatch(aten.linear(input=x, weight=weight), linear(x, weight)) is None
+
+
+class BaseOfBlockKernels:
+    """What vLLM's class does for ours: names the parameters of a layer and quantises a token by 128 of k."""
+
+    def __init__(self, config):
+        self.config = config
+
+    @classmethod
+    def can_implement(cls, config):
+        return (False, "scales are static") if config.activation_quant_key.scale.static else (True, None)
+
+    def process_weights_after_loading(self, layer):
+        layer.loaded = True
+
+    def _get_layer_params(self, layer):
+        names = ("weight", "weight_scale", "weight_scale_inv")
+        return SimpleNamespace(**{name: getattr(layer, name, None) for name in names})
+
+    def quant_fp8(self, x):
+        assert x.is_contiguous()
+        groups = x.float().unflatten(1, (-1, 128))
+        scale = groups.abs().amax(2) / 448
+        return (groups / scale[:, :, None]).flatten(1).to(torch.float8_e4m3fn), scale.t().contiguous().t()
+
+
+class DeepGemm(BaseOfBlockKernels):
+    def process_weights_after_loading(self, layer):
+        layer.laid_out = True
+
+
+@pytest.fixture
+def block_kernel(monkeypatch):
+    """Our class for scales for blocks, over a base of the test's, whether vLLM is installed or not."""
+    scaled_mm_kernels = "vllm.model_executor.kernels.linear.scaled_mm"
+    fakes = {
+        f"{scaled_mm_kernels}.cutlass": SimpleNamespace(CutlassFp8BlockScaledMMKernel=BaseOfBlockKernels),
+        f"{scaled_mm_kernels}.deep_gemm": SimpleNamespace(DeepGemmFp8BlockScaledMMKernel=DeepGemm),
+        "vllm.model_executor.utils": SimpleNamespace(replace_parameter=setattr),
+    }
+    for name, module in fakes.items():
+        parts = name.split(".")
+        for parent in (".".join(parts[:i]) for i in range(1, len(parts))):
+            monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+        monkeypatch.setitem(sys.modules, name, module)
+    source = Path(plugin.__file__).with_name("block_linear.py")
+    spec = importlib.util.spec_from_file_location("batchproof.integrations.vllm.block_linear_on_fakes", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.InvariantFp8BlockScaledMMKernel
+
+
+def config_of(blocks=(128, 128), static=False, out_dtype=torch.bfloat16):
+    key = SimpleNamespace(scale=SimpleNamespace(group_shape=blocks, static=static))
+    return SimpleNamespace(activation_quant_key=key, weight_quant_key=key, out_dtype=out_dtype)
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize(("n", "k"), [(384, 256), (200, 384), (64, 128)])
+def test_scales_for_blocks_reach_our_product_as_it_wants_them(block_kernel, name, n, k):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-n // 128), k // 128, generator=generator)
+    bias = torch.randn(n, generator=generator).bfloat16()
+    layer = SimpleNamespace(weight=weight, **{name: scale})
+    kernel = block_kernel(config_of())
+    kernel.process_weights_after_loading(layer)
+    assert layer.loaded
+    assert getattr(layer, name) is scale
+    wide = torch.randn(6, 2 * k, generator=generator).bfloat16()
+    x = wide[:, k:]  # rows further apart
+    quantised, token_scale = kernel.quant_fp8(x.contiguous())
+    whole = kernel.apply_weights(layer, x, bias)
+    assert first_mismatch(whole, scaled_mm(quantised, weight.t(), token_scale, scale.t(), bias)) is None
+    assert first_mismatch(kernel.apply_weights(layer, x[2:3], bias), whole[2:3]) is None
+    assert first_mismatch(kernel.apply_weights(layer, x.unflatten(0, (2, 3)), bias), whole.unflatten(0, (2, 3))) is None
+
+
+def test_scales_of_powers_of_two_become_fp32(block_kernel):
+    scale = torch.tensor([[0.25, 2.0**-20]])
+    layer = SimpleNamespace(weight_scale_inv=scale.to(torch.float8_e8m0fnu))
+    block_kernel(config_of()).process_weights_after_loading(layer)
+    assert layer.weight_scale_inv.dtype == torch.float32
+    assert first_mismatch(layer.weight_scale_inv, scale) is None
+
+
+def test_a_weight_that_the_model_reads_itself_is_laid_out_for_deep_gemm(block_kernel):
+    layer = SimpleNamespace(is_bmm=True)
+    block_kernel(config_of()).process_weights_after_loading(layer)
+    assert vars(layer) == {"is_bmm": True, "laid_out": True}
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"blocks": (64, 128)}, r"weight scales are for (64, 128), want (128, 128)"),
+        ({"static": True}, "scales are static"),
+        ({"out_dtype": torch.float64}, "outputs are torch.float64, want one of"),
+    ],
+)
+def test_other_layers_stay_vllms_and_the_log_says_why_once(block_kernel, caplog, setting, named):
+    with caplog.at_level(logging.WARNING, logger="vllm.batchproof"):
+        assert block_kernel.can_implement(config_of()) == (True, None)
+        assert caplog.text == ""
+        for _ in range(2):
+            able, reason = block_kernel.can_implement(config_of(**setting))
+    assert not able
+    assert named in reason
+    assert len(caplog.records) == 1
+    assert f"stay vLLM's: {reason}" in caplog.text
+
+
+def test_block_layers_need_fp8_tensor_cores(block_kernel):
+    assert [block_kernel.is_supported(capability)[0] for capability in (80, 89, 90, None)] == [False, True, True, True]
 
 
 def test_without_vllm_every_hook_says_what_is_missing():
@@ -128,6 +245,7 @@ def test_without_vllm_every_hook_says_what_is_missing():
         "softmax",
         "linear",
         "fp8_linear",
+        "fp8_block_linear",
     }
     for hook in HOOKS:
         assert "No module named 'vllm'" in hook.missing()

@@ -70,6 +70,13 @@ COVERAGE: tuple[Coverage, ...] = (
         "nothing known: CUTLASS gave the same rows for M = 1 to 2048 at Llama-8B's shapes",
     ),
     Coverage(
+        "fp8 linear, scales for blocks of 128 by 128",
+        "fp8_block_linear",
+        "DeepGEMM, without the change to FlashInfer below 32 tokens (vLLM 37718); CUTLASS for what DeepGEMM does not "
+        "take; Triton without both",
+        "nothing known of DeepGEMM and CUTLASS; Triton's tile is chosen by the number of tokens",
+    ),
+    Coverage(
         "unquantised linear, lm_head",
         "linear",
         "its persistent Triton matmul, one configuration a dtype",

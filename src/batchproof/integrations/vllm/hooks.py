@@ -240,6 +240,43 @@ def _install_fp8_linear() -> None:
     _let_in_early()
 
 
+def _probe_fp8_block_linear() -> str | None:
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import FP8BlockParams
+    from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFp8BlockScaledMMKernel as Base
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    from vllm.platforms.interface import PlatformEnum
+
+    from .block_linear import InvariantFp8BlockScaledMMKernel as Ours
+
+    for name in ("is_supported", "can_implement", "process_weights_after_loading", "apply_weights"):
+        found, wanted = (list(inspect.signature(getattr(kernel, name)).parameters) for kernel in (Base, Ours))
+        if found != wanted:
+            return f"{Base.__name__}.{name} takes {found}, want {wanted}"
+    found = list(inspect.signature(QuantFP8.forward_cuda).parameters)[:2]
+    if found != ["self", "x"]:
+        return f"QuantFP8.forward_cuda takes {found} first, want ['self', 'x']"
+    absent = {"weight", "weight_scale", "weight_scale_inv"} - FP8BlockParams.__dataclass_fields__.keys()
+    if absent:
+        return f"FP8BlockParams has no {', '.join(sorted(absent))}"
+    kernels = getattr(linear, "_POSSIBLE_FP8_BLOCK_KERNELS", {})
+    if not kernels.get(PlatformEnum.CUDA):
+        return "there is no list of fp8 linear kernels with scales for blocks for CUDA"
+    return _lacks(Base, "_get_layer_params", "apply_block_scaled_mm")
+
+
+def _install_fp8_block_linear() -> None:
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms.interface import PlatformEnum
+
+    from .block_linear import InvariantFp8BlockScaledMMKernel
+
+    kernels = linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CUDA]
+    if InvariantFp8BlockScaledMMKernel not in kernels:
+        kernels.insert(0, InvariantFp8BlockScaledMMKernel)
+    _let_in_early()
+
+
 def _probe_graph_passes() -> str | None:
     from vllm.compilation.passes.fusion.matcher_utils import MatcherQuantFP8
     from vllm.compilation.passes.pass_manager import PostGradPassManager
@@ -318,5 +355,12 @@ HOOKS = (
         _install_fp8_linear,
         switch="BATCHPROOF_LINEAR",
         default=_on_hopper,
+    ),
+    Hook(
+        "fp8_block_linear",
+        "fp8 linear layers with scales for blocks of 128 by 128",
+        _probe_fp8_block_linear,
+        _install_fp8_block_linear,
+        switch="BATCHPROOF_LINEAR",  # by request alone, until it has been timed against DeepGEMM
     ),
 )
