@@ -5,6 +5,7 @@ Invariance: M chooses a shape, and no bit depends on a shape; see ``_hopper_prod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -98,6 +99,16 @@ def use_static_weights(use: bool) -> None:
     _static_weights = use
 
 
+@lru_cache
+def _kernel() -> Callable[..., torch.Tensor] | None:
+    """The kernel's launch; None with a Triton that has no Gluon, or another."""
+    try:
+        from ._hopper_product import launch
+    except ImportError:
+        return None
+    return launch
+
+
 def product(
     tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, scale_a: torch.Tensor | None = None,
     scale_b: torch.Tensor | None = None, bias: torch.Tensor | None = None, blocks: bool = False,
@@ -111,9 +122,8 @@ def product(
     shape = shape_for(out.shape[0], out.shape[1], processors(tokens.device))
     if not takes(tokens, weight, out, shape):
         return False
-    try:
-        from ._hopper_product import launch
-    except ImportError:  # a Triton without Gluon, or with another
+    launch = _kernel()
+    if launch is None:
         return False
     launch(tokens, weight, out, shape, scale_a, scale_b, bias, blocks, _static_weights)
     return True
