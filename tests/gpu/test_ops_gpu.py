@@ -136,13 +136,15 @@ def assert_shapes_agree(product, tokens, weight, expected, **given):
             static = rows % 2 == 0
             out = torch.full_like(expected[:rows], float("nan"))
             some = given | ({"scale_a": given["scale_a"][-rows:]} if "scale_a" in given else {})
-            assert _hopper.takes(tokens[-rows:], weight, out, shape)
+            if not _hopper.takes(tokens[-rows:], weight, out, shape):
+                assert len(weight) % 8, "what the TMA cannot store"
+                continue
             _hopper_product.launch(tokens[-rows:], weight, out, shape, static_weights=static, **some)
             assert_same((out,), (expected[-rows:],), f"{product}: {shape}, {rows} rows")
 
 
 @pytest.mark.parametrize("scales", ["tensor", "token", "block", "bias"])
-@pytest.mark.parametrize(("n", "k"), [(320, 64), (200, 4096), (136, 1040)])
+@pytest.mark.parametrize(("n", "k"), [(320, 64), (200, 4096), (136, 1040), (321, 256)])
 def test_the_hopper_product_of_fp8_has_the_bits_of_every_tile(n, k, scales, device):
     if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("runs on Hopper only")
@@ -169,7 +171,7 @@ def test_the_hopper_product_of_fp8_has_the_bits_of_every_tile(n, k, scales, devi
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("n", "k"), [(320, 64), (200, 4096), (136, 1040)])
+@pytest.mark.parametrize(("n", "k"), [(320, 64), (200, 4096), (136, 1040), (321, 256)])
 def test_the_hopper_product_of_halves_has_the_bits_of_every_tile(n, k, dtype, device):
     if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("runs on Hopper only")

@@ -118,6 +118,7 @@ def test_linear_takes_the_arguments_of_vllms(shape):
     x, weight, bias = (torch.randn(*s, generator=generator).bfloat16() for s in (shape, (48, 64), (48,)))
     assert first_mismatch(aten.linear(x, weight, bias), linear(x, weight, bias)) is None
     assert first_mismatch(aten.linear(input=x, weight=weight), linear(x, weight)) is None
+    assert first_mismatch(aten.linear(x, weight, bias.float()), linear(x, weight) + bias.float()) is None
 
 
 class BaseOfBlockKernels:

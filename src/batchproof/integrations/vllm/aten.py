@@ -15,8 +15,9 @@ __all__ = ["linear", "softmax"]
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """For ``linear_batch_invariant``, which unquantised layers and the language model's head call."""
-    out: torch.Tensor = torch.ops.batchproof.linear.default(input, weight, bias)
-    return out
+    fits = bias is not None and bias.dtype == input.dtype
+    out: torch.Tensor = torch.ops.batchproof.linear.default(input, weight, bias if fits else None)
+    return out if fits or bias is None else out + bias  # of another dtype: added as vLLM does
 
 
 def softmax(input: torch.Tensor, dim: int, dtype: Any = None) -> torch.Tensor:
