@@ -25,7 +25,7 @@ from batchproof.ops._hopper import use_static_weights
 from batchproof.ops._quantize import quantize_static_fp8_reference
 from batchproof.ops.scaled_mm import scaled_mm_reference
 from errors import Refused
-from linear_tables import full
+from linear_tables import EARLY, full
 from tables import OURS
 
 Product = Callable[[Any], torch.Tensor]
@@ -45,7 +45,6 @@ FORMATS = ("fp8", "fp8 per token", "fp8 blocks", "bf16")
 ROUNDS = 10
 ERROR = 0.05  # of the norm of the output: a peer that is further off computes something else
 BLOCK = 128
-EARLY = f"{OURS}, static weights"
 
 
 @dataclass
@@ -140,7 +139,7 @@ def contenders(form: str) -> tuple[dict[str, Product], dict[str, str]]:
 
 
 def _early(product: Product, o: Operands) -> torch.Tensor:
-    """Launch a product as an engine does that has declared its weights static."""
+    """A product launched as ``EARLY`` says."""
     use_static_weights(True)
     try:
         return product(o)

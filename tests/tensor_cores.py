@@ -55,7 +55,7 @@ def compiled_product(shape: _hopper.Shape, fp8: bool, blocks: bool, static_weigh
     constants: dict[str, Any] = {
         "CONSUMERS": shape.consumers, "WIDTH": shape.width, "STEP": step,
         "STAGES": _hopper_product.stages_for(shape, staged), "GROUP": shape.group,
-        "K_OF_WGMMA": step // 4, "PROMOTE": fp8, "HAS_SCALES": fp8, "BLOCKS": blocks, "PER_TOKEN": True,
+        "HAS_SCALES": fp8, "BLOCKS": blocks, "PER_TOKEN": True,
         "PER_COLUMN": True, "HAS_BIAS": True, "SWAP": shape.swap, "PDL": static_weights, "num_warps": 4,
     }  # fmt: skip
     types = {"left_desc": descriptor(64, step, name, dtype), "right_desc": right, "out_desc": out}

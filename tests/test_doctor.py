@@ -12,7 +12,10 @@ from batchproof.integrations.vllm.coverage import COVERAGE, NOTHING
 
 LINEAR = ("linear", "fp8_linear", "fp8_block_linear")
 NAMES = ("rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "softmax", *LINEAR)
-VARIABLES = ("VLLM_BATCH_INVARIANT", "BATCHPROOF_STRICT", "BATCHPROOF_FUSE_NORM_QUANT", "VLLM_USE_FLASHINFER_SAMPLER")
+VARIABLES = (
+    "VLLM_BATCH_INVARIANT", "BATCHPROOF_STRICT", "BATCHPROOF_FUSE_NORM_QUANT", "BATCHPROOF_LINEAR",
+    "VLLM_USE_FLASHINFER_SAMPLER",
+)  # fmt: skip
 SWITCHES = dict.fromkeys(LINEAR, "BATCHPROOF_LINEAR")
 ABSENT_ENTRY_POINT = "this installation of batchproof has no such entry point"
 

@@ -19,7 +19,7 @@ __all__ = ["collect", "render"]
 _ABSENT = "not installed"
 _GROUP, _PLUGIN = "vllm.general_plugins", "batchproof"
 _FUSE, _ALLOWED = "BATCHPROOF_FUSE_NORM_QUANT", "VLLM_PLUGINS"
-# Name, what counts if it is not set (None: that depends, or any value is taken), what it does.
+# Name, what counts if it is not set (None: nothing, or that depends), what it does. All but _ALLOWED are switches.
 _VARIABLES = (
     (ENVIRONMENT_VARIABLE, "0", "1: batch-invariant mode, in vLLM and by batchproof.enable_if_requested()"),
     ("BATCHPROOF_STRICT", "0", "1: vLLM does not start if a hook is missing; 0: the log says so"),
@@ -46,7 +46,7 @@ def collect() -> dict[str, Any]:
         ModeError: a variable that switches something is neither 0 nor 1.
     """
     variables = [_variable(name, default, meaning) for name, default, meaning in _VARIABLES]
-    switches = {name: read_flag(name, default) for name, default, _ in _VARIABLES if default is not None}
+    switches = {name: read_flag(name, default or "0") for name, default, _ in _VARIABLES if name != _ALLOWED}
     versions = _versions()
     has_vllm = versions["vllm"] != _ABSENT
     obstacle = _plugin_obstacle(has_vllm)

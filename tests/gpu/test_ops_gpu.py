@@ -6,6 +6,7 @@ import torch
 from batchproof.numerics import first_mismatch
 from batchproof.ops import linear as linear_module
 from batchproof.ops import scaled_mm as scaled_mm_module
+from batchproof.ops._hopper import is_hopper
 from batchproof.ops.linear import linear
 from batchproof.ops.rms_norm import add_rms_norm, fused_add_rms_norm, rms_norm, rms_norm_reference
 from batchproof.ops.scaled_mm import scaled_mm_reference
@@ -15,6 +16,11 @@ from invariance import assert_same
 pytestmark = pytest.mark.gpu
 SPECS = [pytest.param(spec, dtype, id=f"{name}-{dtype}") for name, spec in all_specs().items() for dtype in spec.dtypes]
 HALVES = [torch.float16, torch.bfloat16]
+
+
+def skip_unless_hopper(device):
+    if not is_hopper(device):
+        pytest.skip("there is one tile for all elsewhere than on Hopper")
 
 
 def sample(spec, dtype, device, rows):
@@ -77,8 +83,7 @@ def test_inductor_keeps_the_bits_of_a_block(dtype, device):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("k", [64, 100, 4096, 14336])
 def test_all_tiles_agree(k, dtype, device):
-    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("several tiles are used on Hopper only")
+    skip_unless_hopper(device)
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(1, 300, k, generator=generator, device=device).to(dtype)
     b = torch.randn(1, k, 320, generator=generator, device=device).to(dtype)
@@ -97,8 +102,7 @@ def test_all_tiles_agree(k, dtype, device):
 @pytest.mark.parametrize("k", [64, 100, 4096, 14336])
 def test_all_fp8_tiles_agree(k, blocks, device):
     """Random bytes but for NaN: subnormals, and sums that cancel over all exponents of fp8."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("several tiles are used on Hopper only")
+    skip_unless_hopper(device)
     generator = torch.Generator(device).manual_seed(k)
     a, weight = (
         torch.randint(0, 256, (n, k), generator=generator, device=device, dtype=torch.uint8) for n in (300, 320)
@@ -146,8 +150,7 @@ def assert_shapes_agree(product, tokens, weight, expected, **given):
 @pytest.mark.parametrize("scales", ["tensor", "token", "block", "bias"])
 @pytest.mark.parametrize(("n", "k"), [(320, 64), (200, 4096), (136, 1040), (321, 256)])
 def test_the_hopper_product_of_fp8_has_the_bits_of_every_tile(n, k, scales, device):
-    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("runs on Hopper only")
+    skip_unless_hopper(device)
     generator = torch.Generator(device).manual_seed(k)
     tokens, weight = (
         torch.randint(0, 256, (m, k), generator=generator, device=device, dtype=torch.uint8) for m in (300, n)
@@ -173,8 +176,7 @@ def test_the_hopper_product_of_fp8_has_the_bits_of_every_tile(n, k, scales, devi
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("n", "k"), [(320, 64), (200, 4096), (136, 1040), (321, 256)])
 def test_the_hopper_product_of_halves_has_the_bits_of_every_tile(n, k, dtype, device):
-    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("runs on Hopper only")
+    skip_unless_hopper(device)
     generator = torch.Generator(device).manual_seed(k)
     tokens, weight = (torch.randn(m, k, generator=generator, device=device) for m in (300, n))
     tokens = (tokens * torch.exp2(torch.randint(-9, 9, (300, k), generator=generator, device=device))).to(dtype)
@@ -188,8 +190,7 @@ def test_the_hopper_product_of_halves_has_the_bits_of_every_tile(n, k, dtype, de
 
 @pytest.mark.parametrize("pieces", [2, 4, 8])
 def test_tiles_agree_on_pieces_of_k(pieces, device):
-    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("several tiles are used on Hopper only")
+    skip_unless_hopper(device)
     generator = torch.Generator(device).manual_seed(pieces)
     a, b = (torch.randn(*s, generator=generator, device=device).bfloat16() for s in ((1, 130, 4096), (1, 4096, 320)))
     expected = linear_module.launch(a, b, pieces=pieces, out_dtype=torch.float32)

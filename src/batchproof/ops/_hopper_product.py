@@ -226,15 +226,15 @@ def _product_kernel(
     left_desc, right_desc, out_desc, scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, num_tokens, num_columns, k,
     scale_a_row, scale_a_group, scale_b_group, scale_b_column,
     CONSUMERS: gl.constexpr, WIDTH: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, K_OF_WGMMA: gl.constexpr, PROMOTE: gl.constexpr,
-    HAS_SCALES: gl.constexpr, BLOCKS: gl.constexpr, PER_TOKEN: gl.constexpr, PER_COLUMN: gl.constexpr,
-    HAS_BIAS: gl.constexpr, SWAP: gl.constexpr, PDL: gl.constexpr,
-    num_warps: gl.constexpr,
+    GROUP: gl.constexpr, HAS_SCALES: gl.constexpr, BLOCKS: gl.constexpr, PER_TOKEN: gl.constexpr,
+    PER_COLUMN: gl.constexpr, HAS_BIAS: gl.constexpr, SWAP: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``left @ right.T``: left is the tokens and right the weight [N, K], or the other way round if SWAP."""
     if PDL:
         gdc_launch_dependents()
     dtype: gl.constexpr = left_desc.dtype
+    PROMOTE: gl.constexpr = dtype.is_fp8()
+    K_OF_WGMMA: gl.constexpr = STEP // 4
     BYTES: gl.constexpr = (CONSUMERS * 64 + WIDTH) * 128
     left_ring = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, 64, STEP], left_desc.layout)
     right_ring = gl.allocate_shared_memory(dtype, [STAGES, WIDTH, STEP], right_desc.layout)
@@ -335,12 +335,10 @@ def launch(
             left_desc, right_desc, out_desc, *scales, bias, out, m, n, k,
             *scales[0].stride(), *scales[1].stride(),
             CONSUMERS=shape.consumers, WIDTH=shape.width, STEP=step, STAGES=stages, GROUP=shape.group,
-            K_OF_WGMMA=32 // tokens.element_size(), PROMOTE=tokens.element_size() == 1,
             HAS_SCALES=scale_a is not None, BLOCKS=blocks,
             PER_TOKEN=scales[0].stride(0) != 0, PER_COLUMN=scales[1].stride(1) != 0,
             HAS_BIAS=bias is not None, SWAP=shape.swap, PDL=static_weights,
-            num_warps=4, enable_fp_fusion=False,
-            maxnreg=registers_for(shape),
+            num_warps=4, enable_fp_fusion=False, maxnreg=registers_for(shape),
             **({"launch_pdl": True} if static_weights else {}),
         )  # fmt: skip
     return out

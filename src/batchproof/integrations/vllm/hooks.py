@@ -215,6 +215,13 @@ def _let_in_early() -> None:
     use_static_weights(True)
 
 
+def _put_first(kernels: list[Any], ours: Any) -> None:
+    """Into a list of vLLM's, of which the first kernel that takes a layer is chosen; once."""
+    if ours not in kernels:
+        kernels.insert(0, ours)
+    _let_in_early()
+
+
 def _probe_fp8_linear() -> str | None:
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
@@ -234,10 +241,7 @@ def _install_fp8_linear() -> None:
 
     from .linear import InvariantFP8ScaledMMLinearKernel
 
-    kernels = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CUDA]
-    if InvariantFP8ScaledMMLinearKernel not in kernels:
-        kernels.insert(0, InvariantFP8ScaledMMLinearKernel)  # the first that takes a layer is chosen
-    _let_in_early()
+    _put_first(linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CUDA], InvariantFP8ScaledMMLinearKernel)
 
 
 def _probe_fp8_block_linear() -> str | None:
@@ -271,10 +275,7 @@ def _install_fp8_block_linear() -> None:
 
     from .block_linear import InvariantFp8BlockScaledMMKernel
 
-    kernels = linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CUDA]
-    if InvariantFp8BlockScaledMMKernel not in kernels:
-        kernels.insert(0, InvariantFp8BlockScaledMMKernel)
-    _let_in_early()
+    _put_first(linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CUDA], InvariantFp8BlockScaledMMKernel)
 
 
 def _probe_graph_passes() -> str | None:
