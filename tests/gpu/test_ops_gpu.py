@@ -188,6 +188,27 @@ def test_the_hopper_product_of_halves_has_the_bits_of_every_tile(n, k, dtype, de
         assert_shapes_agree(f"{dtype}, bias {given is not None}", tokens, weight, expected, bias=given)
 
 
+@pytest.mark.parametrize("scales", ["token", "block", "bias"])
+def test_a_product_in_two_launches_has_the_bits_of_one(scales, device):
+    skip_unless_hopper(device)
+    from batchproof.ops import _hopper, _hopper_product
+
+    m, n, k = 512, 6144, 512
+    parts = _hopper.parts_for(m, n, _hopper.processors(device))
+    if len(parts) == 1:
+        pytest.skip(f"{n} columns are one launch on {_hopper.processors(device)} multiprocessors")
+    generator = torch.Generator(device).manual_seed(k)
+    tokens, weight = (torch.randn(s, k, generator=generator, device=device).to(torch.float8_e4m3fn) for s in (m, n))
+    rows, columns = ((m, k // 128), (k // 128, n // 128)) if scales == "block" else ((m, 1), (1, n))
+    scale_a, scale_b = (torch.rand(size, generator=generator, device=device) for size in (rows, columns))
+    bias = torch.randn(n, generator=generator, device=device).bfloat16() if scales == "bias" else None
+    some = (scale_a, scale_b, bias, scales == "block")
+    one, two = (torch.full((m, n), float("nan"), dtype=torch.bfloat16, device=device) for _ in range(2))
+    _hopper_product.launch(tokens, weight, one, parts[0].shape, *some)
+    assert _hopper.product(tokens, weight, two, *some)
+    assert_same((two,), (one,), scales)
+
+
 @pytest.mark.parametrize("pieces", [2, 4, 8])
 def test_tiles_agree_on_pieces_of_k(pieces, device):
     skip_unless_hopper(device)

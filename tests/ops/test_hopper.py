@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from batchproof.ops import _hopper
-from batchproof.ops._hopper import SHAPES, Shape, shape_for, takes
+from batchproof.ops._hopper import SHAPES, Part, Shape, parts_for, shape_for, takes
 
 H200 = 132  # multiprocessors
 FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
@@ -41,6 +41,33 @@ def test_every_size_has_a_shape_whose_tiles_cover_it(multiprocessors):
             down = shape.tiles(m, n) // across
             assert down * shape.height >= left > (down - 1) * shape.height
             assert across * shape.width >= right > (across - 1) * shape.width
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "expected"),
+    [
+        (512, 6144, (Part(0, 4224, Shape(2, 128)), Part(4224, 6144, Shape(2, 64)))),
+        (256, 28672, (Part(0, 25344, Shape(2, 128)), Part(25344, 28672, Shape(2, 64)))),
+        (512, 4096, (Part(0, 4096, Shape(2, 128)),)),  # less than a wave
+        (1024, 6144, (Part(0, 6144, Shape(2, 128)),)),  # nearly three
+        (8192, 28672, (Part(0, 28672, Shape(2, 128)),)),  # so many that the last hardly counts
+        (16, 28672, (Part(0, 28672, Shape(1, 16, True, 12, 1)),)),
+    ],
+)
+def test_a_wave_that_would_be_half_empty_is_of_smaller_tiles(m, n, expected):
+    assert parts_for(m, n, H200) == expected
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 16, 78, 132])
+def test_parts_cover_the_columns_once_from_one_scale_s_block_on(multiprocessors):
+    several = 0
+    for m in [*range(1, 300), 384, 511, 512, 640, 768, 1024, 4096, 65536]:
+        for n in (1, 8, 100, 2560, 4096, 5120, 6144, 28672, 128256):
+            parts = parts_for(m, n, multiprocessors)
+            assert [0, *(part.stop for part in parts)] == [*(part.start for part in parts), n]
+            assert all(part.start % 128 == 0 and not part.shape.swap for part in parts[1:])
+            several += len(parts) > 1
+    assert several or multiprocessors == 1
 
 
 def test_a_consumer_that_reads_few_tokens_swaps():

@@ -1,6 +1,6 @@
 """Which products run by the kernel for Hopper (``_hopper_product``), and how their output is cut there.
 
-Invariance: M chooses a shape, and no bit depends on a shape; see ``_hopper_product``.
+Invariance: M chooses shapes, and no bit depends on a shape; see ``_hopper_product``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,24 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["SIDE", "Shape", "is_hopper", "processors", "product", "shape_for", "takes", "use_static_weights"]
+__all__ = [
+    "SIDE",
+    "Part",
+    "Shape",
+    "is_hopper",
+    "parts_for",
+    "processors",
+    "product",
+    "shape_for",
+    "takes",
+    "use_static_weights",
+]
 
 SIDE = 64  # rows of a wgmma
+BLOCK = 128  # columns of the weight with one scale
 DTYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float16)
 FULL = 0.7  # of a GPU's multiprocessors: a grid of fewer programs leaves too many idle
+MOST_WAVES = 8  # of tiles over the multiprocessors: with more, the last one hardly counts
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,33 @@ def shape_for(m: int, n: int, multiprocessors: int) -> Shape:
         if shape.tiles(m, n) >= FULL * multiprocessors:
             return shape
     return shapes[-1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The columns [start, stop) of an output, and how they are cut."""
+
+    start: int
+    stop: int
+    shape: Shape
+
+
+@lru_cache(maxsize=4096)
+def parts_for(m: int, n: int, multiprocessors: int) -> tuple[Part, ...]:
+    """The launches that make the output of m tokens by n columns: one, or two if a wave of tiles would be half empty.
+
+    A program takes a tile at a time. Where the last tiles leave half of the multiprocessors idle or more, their
+    columns are cut in narrower ones, in a launch of its own.
+    """
+    shape = shape_for(m, n, multiprocessors)
+    tiles, down = shape.tiles(m, n), shape.tiles(m, 1)
+    waves, left = divmod(tiles, multiprocessors)
+    if shape.consumers == 2 and 1 <= waves <= MOST_WAVES and left > 0:
+        start = waves * multiprocessors // down * shape.width // BLOCK * BLOCK
+        rest = shape_for(m, n - start, multiprocessors) if start < n else shape
+        if rest.width < shape.width and rest.tiles(m, n - start) <= multiprocessors:
+            return Part(0, start, shape), Part(start, n, rest)
+    return (Part(0, n, shape),)
 
 
 def takes(tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, shape: Shape) -> bool:
@@ -119,11 +159,18 @@ def product(
     """
     if not is_hopper(tokens.device):
         return False
-    shape = shape_for(out.shape[0], out.shape[1], processors(tokens.device))
-    if not takes(tokens, weight, out, shape):
+    parts = parts_for(out.shape[0], out.shape[1], processors(tokens.device))
+    if not takes(tokens, weight, out, parts[0].shape):
         return False
     launch = _kernel()
     if launch is None:
         return False
-    launch(tokens, weight, out, shape, scale_a, scale_b, bias, blocks, _static_weights)
+    for part in parts:
+        columns = slice(part.start, part.stop)
+        of_scales = slice(part.start // BLOCK, -(-part.stop // BLOCK)) if blocks else columns
+        launch(
+            tokens, weight[columns], out[:, columns], part.shape, scale_a,
+            None if scale_b is None else scale_b[:, of_scales], None if bias is None else bias[columns],
+            blocks, _static_weights,
+        )  # fmt: skip
     return True

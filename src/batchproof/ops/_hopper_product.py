@@ -307,12 +307,12 @@ def launch(
     scale_a: torch.Tensor | None = None, scale_b: torch.Tensor | None = None, bias: torch.Tensor | None = None,
     blocks: bool = False, static_weights: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Write ``tokens [M, K] @ weight [N, K].T``, times its scales, plus a bias, to ``out`` [M, N], contiguous.
+    """Write ``tokens [M, K] @ weight [N, K].T``, times its scales, plus a bias, to ``out`` [M, N].
 
     Args:
         tokens: what ``_hopper.takes``.
         weight: what ``_hopper.takes``.
-        out: what ``_hopper.takes``.
+        out: what ``_hopper.takes``; contiguous if the shape swaps, else its rows may be further apart than N.
         shape: of the tiles.
         scale_a: fp32, [M, groups of k]; any strides, 0 for one scale.
         scale_b: fp32, [groups of k, N], or [groups of k, N / 128] for ``blocks``; any strides.
