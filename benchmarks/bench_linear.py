@@ -106,12 +106,16 @@ def operands(form: str, m: int, n: int, k: int, generator: torch.Generator) -> O
         return Operands(a, weight)
     one_a, one_b = (torch.full((1,), scale, device=device) for scale in (0.02, 0.02 * k**-0.5))
     a, weight = quantize_static_fp8_reference(a, one_a), quantize_static_fp8_reference(weight, one_b)
-    scales = {
-        "fp8": (one_a, one_b),
-        "fp8 per token": (one_a.expand(m, 1).contiguous(), one_b.expand(1, n).contiguous()),
-        "fp8 blocks": (one_a.expand(m, k // BLOCK).contiguous(), one_b.expand(k // BLOCK, n // BLOCK).contiguous()),
-    }
-    return Operands(a, weight, *scales[form])
+    if form == "fp8":
+        return Operands(a, weight, one_a, one_b)
+
+    def vary(scale: torch.Tensor, *shape: int) -> torch.Tensor:
+        return scale * (0.5 + torch.rand(shape, generator=generator, device=device))
+
+    if form == "fp8 per token":
+        return Operands(a, weight, vary(one_a, m, 1), vary(one_b, 1, n))
+    # In the layouts that CUTLASS and DeepGEMM want: scales of one group of K side by side, those of a weight's rows not
+    return Operands(a, weight, vary(one_a, k // BLOCK, m).t(), vary(one_b, n // BLOCK, k // BLOCK).t())
 
 
 def contenders(form: str) -> tuple[dict[str, Product], dict[str, str]]:
@@ -125,9 +129,10 @@ def contenders(form: str) -> tuple[dict[str, Product], dict[str, str]]:
     else:
         loaders = {OURS: lambda: lambda o: batchproof.scaled_mm(o.a, o.b, o.scale_a, o.scale_b)}
         if form != "fp8 blocks":
-            loaders |= {"torch": _torch_scaled_mm, "vLLM CUTLASS": _vllm_cutlass}
+            loaders["torch"] = _torch_scaled_mm
         else:
-            loaders["DeepGEMM"] = _deep_gemm
+            loaders |= {"DeepGEMM": _deep_gemm, "vLLM Triton": _vllm_blocks}
+        loaders["vLLM CUTLASS"] = _vllm_cutlass
     found: dict[str, Product] = {}
     missing: dict[str, str] = {}
     for name, load in loaders.items():
@@ -156,6 +161,17 @@ def _vllm_cutlass() -> Product:
     return lambda o: ops.cutlass_scaled_mm(o.a, o.b, o.scale_a, o.scale_b, torch.bfloat16)
 
 
+def _vllm_blocks() -> Product:
+    utils = importlib.import_module("vllm.model_executor.layers.quantization.utils.fp8_utils")
+
+    def product(o: Operands) -> torch.Tensor:
+        scales = (o.scale_a, o.scale_b.t())  # type: ignore[union-attr]
+        out: torch.Tensor = utils.w8a8_triton_block_scaled_mm(o.a, o.weight, *scales, [BLOCK, BLOCK], torch.bfloat16)
+        return out
+
+    return product
+
+
 def _vllm_persistent() -> Product:
     invariant = importlib.import_module("vllm.model_executor.layers.batch_invariant")
     return lambda o: invariant.matmul_persistent(o.a, o.b)
@@ -166,7 +182,7 @@ def _deep_gemm() -> Product:
 
     def product(o: Operands) -> torch.Tensor:
         out = torch.empty(len(o.a), len(o.weight), dtype=torch.bfloat16, device=o.a.device)
-        gemm.fp8_gemm_nt((o.a, o.scale_a), (o.weight, o.scale_b.t().contiguous()), out)  # type: ignore[union-attr]
+        gemm.fp8_gemm_nt((o.a, o.scale_a), (o.weight, o.scale_b.t()), out)  # type: ignore[union-attr]
         return out
 
     return product

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import audit_tables
+import linear_tables
 import tables
 import vllm_tables
 
@@ -99,6 +100,16 @@ def norms_page(name: str) -> str:
 
 
 Blocks = dict[str, Callable[[], str]]
+LINEAR = ("h200/linear.json", "h200/linear_invariant.json")
+LINEAR_MORE = {"linear scales": "h200/linear_scales.json", "linear models": "h200/linear_models.json"}
+
+
+def linear_pages() -> Blocks:
+    """The linear layers' tables: one model with every number of tokens, other formats of scales, other models."""
+    blocks: Blocks = {"linear h200": lambda: linear_tables.page([load(path) for path in LINEAR], LINEAR)}
+    for name, path in LINEAR_MORE.items():
+        blocks[f"{name} h200"] = lambda p=path: linear_tables.page([load(p)], [p])  # type: ignore[misc]
+    return blocks
 
 
 def pages() -> dict[Path, Blocks]:
@@ -111,6 +122,7 @@ def pages() -> dict[Path, Blocks]:
     }
     if NORMS:
         blocks["norms h200"] = norms_summary
+    blocks["linear h200"] = lambda: linear_tables.summary([load(path) for path in LINEAR], LINEAR)
     latency = vllm_tables.joined([load(path) for path in vllm_tables.PATHS])
     exactness = load("h200/vllm_exactness.json")
     blocks["vllm latency h200"] = lambda: vllm_tables.latency_table(latency)
@@ -131,7 +143,7 @@ def pages() -> dict[Path, Blocks]:
     return {
         README: blocks,
         WHAT_VARIES: audits,
-        BENCHMARKS: {f"{name} h200": partial(norms_page, name) for name in NORMS},
+        BENCHMARKS: {f"{name} h200": partial(norms_page, name) for name in NORMS} | linear_pages(),
         VLLM: vllm,
     }
 

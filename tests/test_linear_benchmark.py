@@ -97,6 +97,23 @@ def test_the_table_sums_what_did_every_product(bench):
     assert "fp8, as a share of the norm of the output: batchproof 1.00e-03, torch 2.00e-03." in full(results)
 
 
+def test_the_summary_has_the_best_that_varies_and_the_batch_invariant_one(bench):
+    from linear_tables import summary
+
+    rows = [
+        row("fp8", m, n, ours=us, torch=us * 2, vLLM_CUTLASS=us * 4)
+        for m in (1, 2, 8, 64, 512, 4096)
+        for n, us in ((128, 5.0), (256, 7.0))
+    ]
+    slow = [dict(one) | {"times": {"vLLM CUTLASS": {"median_us": 100.0}}} for one in rows]
+    what = {"copy_gbps": 4000, "device": "G", "torch": "2"}
+    results = [{"rows": rows, "vllm_batch_invariant": "0"} | what, {"rows": slow, "vllm_batch_invariant": "1"} | what]
+    lines = summary(results, ["g/linear.json"]).splitlines()
+    assert lines[2] == "| fp8, 1 tokens | 3.8 | 12.0 | 24.0 torch | 0.50 | 200.0 | 0.06 |"
+    assert len(lines) == 2 + 5 + 2
+    assert lines[-1].endswith("at the 4000 GB/s of a copy. G, torch 2 (`benchmarks/results/g/linear.json`).")
+
+
 def test_a_shape_is_checked(bench, tmp_path, capsys):
     code = bench.run.main(["linear", "--shapes", "128", "--out", str(tmp_path / "linear.json")])
     assert code == 1

@@ -193,8 +193,8 @@ def test_a_product_in_two_launches_has_the_bits_of_one(scales, device):
     skip_unless_hopper(device)
     from batchproof.ops import _hopper, _hopper_product
 
-    m, n, k = 512, 6144, 512
-    parts = _hopper.parts_for(m, n, _hopper.processors(device))
+    m, n, k = 512, 6144, 4096
+    parts = _hopper.parts_for(m, n, k, _hopper.processors(device))
     if len(parts) == 1:
         pytest.skip(f"{n} columns are one launch on {_hopper.processors(device)} multiprocessors")
     generator = torch.Generator(device).manual_seed(k)

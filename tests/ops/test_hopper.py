@@ -55,7 +55,8 @@ def test_every_size_has_a_shape_whose_tiles_cover_it(multiprocessors):
     ],
 )
 def test_a_wave_that_would_be_half_empty_is_of_smaller_tiles(m, n, expected):
-    assert parts_for(m, n, H200) == expected
+    assert parts_for(m, n, 4096, H200) == expected
+    assert parts_for(m, n, 2048, H200) == (Part(0, n, shape_for(m, n, H200)),), "too short for another launch"
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 16, 78, 132])
@@ -63,7 +64,7 @@ def test_parts_cover_the_columns_once_from_one_scale_s_block_on(multiprocessors)
     several = 0
     for m in [*range(1, 300), 384, 511, 512, 640, 768, 1024, 4096, 65536]:
         for n in (1, 8, 100, 2560, 4096, 5120, 6144, 28672, 128256):
-            parts = parts_for(m, n, multiprocessors)
+            parts = parts_for(m, n, 4096, multiprocessors)
             assert [0, *(part.stop for part in parts)] == [*(part.start for part in parts), n]
             assert all(part.start % 128 == 0 and not part.shape.swap for part in parts[1:])
             several += len(parts) > 1

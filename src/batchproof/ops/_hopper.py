@@ -29,6 +29,7 @@ BLOCK = 128  # columns of the weight with one scale
 DTYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float16)
 FULL = 0.7  # of a GPU's multiprocessors: a grid of fewer programs leaves too many idle
 MOST_WAVES = 8  # of tiles over the multiprocessors: with more, the last one hardly counts
+LEAST_ROW = 4096  # bytes of a row of the weight: a product of fewer is over before another launch pays
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,16 @@ class Part:
 
 
 @lru_cache(maxsize=4096)
-def parts_for(m: int, n: int, multiprocessors: int) -> tuple[Part, ...]:
+def parts_for(m: int, n: int, row_bytes: int, multiprocessors: int) -> tuple[Part, ...]:
     """The launches that make the output of m tokens by n columns: one, or two if a wave of tiles would be half empty.
 
     A program takes a tile at a time. Where the last tiles leave half of the multiprocessors idle or more, their
-    columns are cut in narrower ones, in a launch of its own.
+    columns are cut in narrower ones, in a launch of their own. ``row_bytes``: of the weight.
     """
     shape = shape_for(m, n, multiprocessors)
     tiles, down = shape.tiles(m, n), shape.tiles(m, 1)
     waves, left = divmod(tiles, multiprocessors)
-    if shape.consumers == 2 and 1 <= waves <= MOST_WAVES and left > 0:
+    if row_bytes >= LEAST_ROW and shape.consumers == 2 and 1 <= waves <= MOST_WAVES and left > 0:
         start = waves * multiprocessors // down * shape.width // BLOCK * BLOCK
         rest = shape_for(m, n - start, multiprocessors) if start < n else shape
         if rest.width < shape.width and rest.tiles(m, n - start) <= multiprocessors:
@@ -159,7 +160,8 @@ def product(
     """
     if not is_hopper(tokens.device):
         return False
-    parts = parts_for(out.shape[0], out.shape[1], processors(tokens.device))
+    row_bytes = tokens.shape[1] * tokens.element_size()
+    parts = parts_for(out.shape[0], out.shape[1], row_bytes, processors(tokens.device))
     if not takes(tokens, weight, out, parts[0].shape):
         return False
     launch = _kernel()
