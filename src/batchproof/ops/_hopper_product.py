@@ -5,7 +5,8 @@ warp, which has the TMA bring tiles of both operands into a ring in shared memor
 warps, which hand them to wgmma, add up and store. Programs stay and take every ``num_programs``-th tile of the output.
 
 Invariance: a consumer adds k up in ascending order from zero and in no other way: bf16 and fp16 in the tensor core's
-fp32 accumulator; fp8 by groups of 128, each started from zero and added to an fp32 sum. The size and shape of a tile,
+fp32 accumulator; fp8 by groups of 128, each started from zero and added to an fp32 sum, with a scale of its own by one
+fused multiply-add. The size and shape of a tile,
 the number of consumers, the side that an operand is on, the order of tiles and the depth of the ring move data, not
 sums: the bits are those of ``linear``'s and ``scaled_mm``'s Triton kernels (measured; tests/gpu). That is why M may
 choose them (``_hopper.Shape``).
@@ -127,15 +128,28 @@ def _along(ptr, index, stride, size, PER_INDEX: gl.constexpr, AXIS: gl.constexpr
 
 
 @gluon.jit
-def _scaled(
-    part, scale_a_ptr, scale_b_ptr, tokens, num_tokens, group, scale_a_row, scale_a_group, scale_b_group,
+def _scale_of_group(
+    scale_a_ptr, scale_b_ptr, tokens, num_tokens, group, scale_a_row, scale_a_group, scale_b_group,
     BLOCKS: gl.constexpr, AXIS: gl.constexpr,
 ):  # fmt: skip
-    """A group's sum times its scales, if groups have some of their own."""
+    """What a group's sum is multiplied by, if groups have scales of their own."""
     if BLOCKS:
-        scale_a = _along(scale_a_ptr + group * scale_a_group, tokens, scale_a_row, num_tokens, True, AXIS)
-        part = part * (scale_a * gl.load(scale_b_ptr + group * scale_b_group))
-    return part
+        scale = _along(scale_a_ptr + group * scale_a_group, tokens, scale_a_row, num_tokens, True, AXIS)
+        scale = scale * gl.load(scale_b_ptr + group * scale_b_group)
+    else:
+        scale = 1.0
+    return scale
+
+
+@gluon.jit
+def _add(total, part, scale, BLOCKS: gl.constexpr):
+    """A group's sum, times its scale, added to the total."""
+    if BLOCKS:
+        scale, _ = gl.broadcast(scale, part)
+        total = gl.fma(part, scale, total)
+    else:
+        total += part
+    return total
 
 
 @gluon.jit
@@ -176,29 +190,32 @@ def _compute(
                 done += 1
         else:  # two groups at a time, the second at work while the first is added
             for step in range(0, steps - 1, 2):
+                scale = _scale_of_group(
+                    scale_a_ptr, block_ptr, tokens, num_tokens, step, scale_a_row, scale_a_group, scale_b_group,
+                    BLOCKS, 1 - TOKEN_AXIS,
+                )  # fmt: skip
+                other_scale = _scale_of_group(
+                    scale_a_ptr, block_ptr, tokens, num_tokens, step + 1, scale_a_row, scale_a_group, scale_b_group,
+                    BLOCKS, 1 - TOKEN_AXIS,
+                )  # fmt: skip
                 part = _multiply(left_ring, right_ring, full, done, zero, False, WHICH, CONSUMERS, STAGES)
                 other = _multiply(left_ring, right_ring, full, done + 1, zero, False, WHICH, CONSUMERS, STAGES)
                 part = warpgroup_mma_wait(1, deps=[part])
                 _free(empty, done, STAGES)
-                total += _scaled(
-                    part, scale_a_ptr, block_ptr, tokens, num_tokens, step, scale_a_row, scale_a_group, scale_b_group,
-                    BLOCKS, 1 - TOKEN_AXIS,
-                )  # fmt: skip
+                total = _add(total, part, scale, BLOCKS)
                 other = warpgroup_mma_wait(0, deps=[other])
                 _free(empty, done + 1, STAGES)
-                total += _scaled(
-                    other, scale_a_ptr, block_ptr, tokens, num_tokens, step + 1, scale_a_row, scale_a_group,
-                    scale_b_group, BLOCKS, 1 - TOKEN_AXIS,
-                )  # fmt: skip
+                total = _add(total, other, other_scale, BLOCKS)
                 done += 2
             if steps % 2 == 1:
+                scale = _scale_of_group(
+                    scale_a_ptr, block_ptr, tokens, num_tokens, steps - 1, scale_a_row, scale_a_group, scale_b_group,
+                    BLOCKS, 1 - TOKEN_AXIS,
+                )  # fmt: skip
                 part = _multiply(left_ring, right_ring, full, done, zero, False, WHICH, CONSUMERS, STAGES)
                 part = warpgroup_mma_wait(0, deps=[part])
                 _free(empty, done, STAGES)
-                total += _scaled(
-                    part, scale_a_ptr, block_ptr, tokens, num_tokens, steps - 1, scale_a_row, scale_a_group,
-                    scale_b_group, BLOCKS, 1 - TOKEN_AXIS,
-                )  # fmt: skip
+                total = _add(total, part, scale, BLOCKS)
                 done += 1
         if SCALE:
             if not SOON:

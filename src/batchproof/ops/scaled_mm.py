@@ -107,9 +107,11 @@ def _sum_of_pieces(
                 scale_a = tl.load(scale_a_ptrs + group * scale_a_group, mask=row_mask, other=0.0)
                 scale_b = tl.load(scale_b_ptrs + group * scale_b_group, mask=column_mask, other=0.0)
                 if SWAP:
-                    total += tl.dot(b, a.T, max_num_imprecise_acc=GROUP_K) * (scale_b[:, None] * scale_a[None, :])
+                    scale = scale_b[:, None] * scale_a[None, :]
+                    total = tl.fma(tl.dot(b, a.T, max_num_imprecise_acc=GROUP_K), scale, total)
                 else:
-                    total += tl.dot(a, b.T, max_num_imprecise_acc=GROUP_K) * (scale_a[:, None] * scale_b[None, :])
+                    scale = scale_a[:, None] * scale_b[None, :]
+                    total = tl.fma(tl.dot(a, b.T, max_num_imprecise_acc=GROUP_K), scale, total)
             elif SWAP:
                 total = tl.dot(b, a.T, total, max_num_imprecise_acc=GROUP_K)
             else:
