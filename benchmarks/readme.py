@@ -101,7 +101,7 @@ def norms_page(name: str) -> str:
 
 Blocks = dict[str, Callable[[], str]]
 LINEAR = ("h200/linear.json", "h200/linear_invariant.json")
-LINEAR_MORE = {"linear scales": "h200/linear_scales.json", "linear models": "h200/linear_models.json"}
+LINEAR_MORE = {f"linear {what}": f"h200/linear_{what}.json" for what in ("scales", "blocks", "models")}
 
 
 def linear_pages() -> Blocks:

@@ -11,12 +11,13 @@ from batchproof.integrations.vllm import Hook
 from batchproof.integrations.vllm.coverage import COVERAGE, NOTHING
 
 LINEAR = ("linear", "fp8_linear", "fp8_block_linear")
-NAMES = ("rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "softmax", *LINEAR)
+NAMES = ("rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "softmax", *LINEAR, "attention")
 VARIABLES = (
     "VLLM_BATCH_INVARIANT", "BATCHPROOF_STRICT", "BATCHPROOF_FUSE_NORM_QUANT", "BATCHPROOF_LINEAR",
-    "VLLM_USE_FLASHINFER_SAMPLER",
+    "BATCHPROOF_ATTENTION", "VLLM_USE_FLASHINFER_SAMPLER",
 )  # fmt: skip
-SWITCHES = dict.fromkeys(LINEAR, "BATCHPROOF_LINEAR")
+SWITCHES = dict.fromkeys(LINEAR, "BATCHPROOF_LINEAR") | {"attention": "BATCHPROOF_ATTENTION"}
+ALL_ASKED = dict.fromkeys(("VLLM_BATCH_INVARIANT", *SWITCHES.values()), "1")
 ABSENT_ENTRY_POINT = "this installation of batchproof has no such entry point"
 
 
@@ -85,7 +86,7 @@ def test_without_vllm_it_says_so_and_prints_the_rest(place, run, monkeypatch, mo
 
 
 def test_all_there_exits_0_and_batchproof_serves_what_it_has_hooks_for(place, run):
-    place(VLLM_BATCH_INVARIANT="1", BATCHPROOF_LINEAR="1")
+    place(**ALL_ASKED)
     code, out, _ = run()
     assert code == 0
     assert out.splitlines()[-1].startswith("all there")
@@ -100,7 +101,7 @@ def test_all_there_exits_0_and_batchproof_serves_what_it_has_hooks_for(place, ru
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_hook_exits_1_with_its_line_and_its_ops_are_vllms(place, run, name):
     line = f"module 'vllm.{name}' has no such thing"
-    place(missing={name: line}, VLLM_BATCH_INVARIANT="1", BATCHPROOF_LINEAR="1")
+    place(missing={name: line}, **ALL_ASKED)
     code, out, _ = run()
     assert code == 1
     assert f"hook {name} (what {name} is for): {line}\n" in out

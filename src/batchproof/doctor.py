@@ -29,6 +29,7 @@ _VARIABLES = (
         None,
         "1: vLLM's linear layers and lm_head are batchproof's; 0: vLLM's own; unset: 1 on Hopper, 0 elsewhere",
     ),
+    ("BATCHPROOF_ATTENTION", "0", "1: attention of vLLM's Triton backend is batchproof's; 0: vLLM's own"),
     (_ALLOWED, None, "the plug-ins that vLLM may load, with commas between; unset: all"),
     ("VLLM_USE_FLASHINFER_SAMPLER", "1", "0: vLLM samples without FlashInfer, whose logprobs depend on the batch"),
 )

@@ -24,12 +24,13 @@ plugin = importlib.import_module("batchproof.integrations.vllm.plugin")
 
 @pytest.fixture
 def hooks(monkeypatch):
-    """Hooks, the second missing, the third not wanted, in a process new to them; the list of what gets installed."""
+    """Hooks, the second missing, the others not wanted, in a process new to them; the list of what gets installed."""
     installed = []
     fakes = (
         Hook("present", "what is there", lambda: None, lambda: installed.append("present")),
         Hook("absent", "what is not", lambda: "Engine has no socket", lambda: installed.append("absent")),
         Hook("off", "who asks", lambda: None, lambda: installed.append("off"), switch="BATCHPROOF_LINEAR"),
+        Hook("too", "who else asks", lambda: None, lambda: installed.append("too"), switch="BATCHPROOF_ATTENTION"),
     )
     monkeypatch.setattr(plugin, "HOOKS", fakes)
     monkeypatch.setattr(plugin, "_done", False)
@@ -80,7 +81,14 @@ def test_a_hook_that_fails_while_it_is_installed_is_missing(hooks, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "variable", ["VLLM_BATCH_INVARIANT", "BATCHPROOF_STRICT", "BATCHPROOF_FUSE_NORM_QUANT", "BATCHPROOF_LINEAR"]
+    "variable",
+    [
+        "VLLM_BATCH_INVARIANT",
+        "BATCHPROOF_STRICT",
+        "BATCHPROOF_FUSE_NORM_QUANT",
+        "BATCHPROOF_LINEAR",
+        "BATCHPROOF_ATTENTION",
+    ],
 )
 def test_a_malformed_variable_stops_the_start(hooks, monkeypatch, variable):
     monkeypatch.setenv(variable, "yes")
@@ -102,7 +110,7 @@ def test_linear_layers_are_taken_over_where_that_is_asked_or_the_default(hooks, 
 
 def test_elsewhere_than_on_hopper_linear_layers_stay_vllms(monkeypatch):
     monkeypatch.delenv("BATCHPROOF_LINEAR", raising=False)
-    switched = [hook for hook in HOOKS if hook.switch]
+    switched = [hook for hook in HOOKS if hook.switch == "BATCHPROOF_LINEAR"]
     assert {hook.name for hook in switched} == {"linear", "fp8_linear", "fp8_block_linear"}
     platform = SimpleNamespace(is_cuda=lambda: True, is_device_capability=lambda wanted: wanted == capability)
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
@@ -247,6 +255,7 @@ def test_without_vllm_every_hook_says_what_is_missing():
         "linear",
         "fp8_linear",
         "fp8_block_linear",
+        "attention",
     }
     for hook in HOOKS:
         assert "No module named 'vllm'" in hook.missing()

@@ -1,18 +1,27 @@
 """paged_attention: accuracy, and bits that neither batch, chunks, pages nor what lies unused in the cache can move."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from batchproof.errors import ArgumentError, BatchproofError, DtypeError, ShapeError, UnsupportedError
 from batchproof.numerics import TOLERANCES, first_mismatch
+from batchproof.ops import _attention_kernels as kernels
 from batchproof.ops import attention as module
+from batchproof.ops._hopper import is_hopper
 from batchproof.ops._library import FLOAT_DTYPES
+from batchproof.ops._triton import tl, triton
 from batchproof.ops.attention import paged_attention, paged_attention_reference
 
 INF, NAN = float("inf"), float("nan")
 # heads, key heads, head_dim
 GROUPS = [(4, 4, 64), (8, 2, 32), (6, 2, 80), (8, 1, 128), (1, 1, 16), (2, 1, 256), (40, 2, 24)]
 VARIANTS = [{}, {"window": 70}, {"causal": False}, {"window": 9, "softcap": 5.0}]
+SHORT = 128  # keys of a split, for the interpreter's sake
+SPLIT_VARIANTS = [*VARIANTS, {"window": 30}, {"window": 200}, {"softcap": 3.0}, {"causal": False, "window": 150}]
+WORKERS = (2, 5)
+hostile = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's in the interpreter, about NaN
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel itself runs in the other tests")
 
 
@@ -313,9 +322,9 @@ def test_registered_op(options, generator):
     torch.library.opcheck(torch.ops.batchproof.paged_attention.default, tuple(arguments.values()))
 
 
-def launched(arguments):
+def launched(arguments, workers=None, block=None):
     defaults = {"causal": True, "window": 0, "softcap": 0.0, "k_start": None}
-    return module.launch(**{**defaults, **arguments})
+    return module.launch(**{**defaults, **arguments}, workers=workers, block=block)
 
 
 @interpreted
@@ -343,6 +352,7 @@ def test_kernel_reads_strided_indices(generator):
         assert first_mismatch(launched({**arguments, name: strided}), expected) is None, name
 
 
+@hostile
 @interpreted
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_kernel_does_not_count_what_a_query_may_not_see(value, generator):
@@ -350,3 +360,321 @@ def test_kernel_does_not_count_what_a_query_may_not_see(value, generator):
     expected = launched(cache.arguments({0: (0, 12)}))
     cache.v[0][9] = value
     assert first_mismatch(launched(cache.arguments({0: (0, 12)}))[:9], expected[:9]) is None
+
+
+@pytest.fixture
+def short_splits(monkeypatch):
+    monkeypatch.setattr(module, "SPLIT", SHORT)
+
+
+@pytest.fixture
+def row_by_row(monkeypatch):
+    """Products in the interpreter whose rows' bits do not depend on their place, which BLAS does not promise."""
+    if torch.cuda.is_available():
+        return
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, d, *unused):
+        rows = [np.matmul(row[None], b.data, dtype=d.data.dtype) for row in a.data]
+        return interpreter.TensorHandle(np.concatenate(rows) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def long_cache(generator, dtype=torch.float32):
+    return Cache(generator, [300, 5, 129, 128, 0], dtype=dtype)
+
+
+LONG_SPANS = {0: (282, 300), 1: (0, 5), 4: (0, 0), 2: (128, 129), 3: (120, 128)}
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("options", SPLIT_VARIANTS, ids=str)
+def test_programs_that_share_splits_change_no_bits(options, dtype, generator):
+    arguments = long_cache(generator, dtype).arguments(LONG_SPANS, **options)
+    expected = launched(arguments, workers=1)
+    assert_accurate(expected, arguments)
+    for workers in WORKERS:
+        assert first_mismatch(launched(arguments, workers), expected) is None, f"{workers} workers"
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("gone", [1, 64, 127, 128, 200])
+def test_splits_are_at_absolute_positions(gone, generator):
+    """Where a window has let go of the first keys, k_start leaves the splits where they were."""
+    cache = Cache(generator, [300, 130])
+    options = {"window": 90}
+    whole = cache.arguments({0: (292, 300), 1: (126, 130)}, **options)
+    expected = launched(whole, workers=1)
+    cache.q[0], cache.k[0], cache.v[0], cache.lengths = (
+        cache.q[0][gone:],
+        cache.k[0][gone:],
+        cache.v[0][gone:],
+        [
+            300 - gone,
+            130,
+        ],
+    )
+    k_start = torch.tensor([gone, 0], device=generator.device)
+    late = cache.arguments({0: (292 - gone, 300 - gone), 1: (126, 130)}, k_start=k_start, **options)
+    for workers in (1, 3):
+        assert first_mismatch(launched(late, workers), expected) is None, f"{workers} workers"
+        assert first_mismatch(launched(whole, workers), expected) is None, f"{workers} workers"
+
+
+@pytest.mark.usefixtures("short_splits", "row_by_row")
+@pytest.mark.parametrize("options", [{}, {"window": 150, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_prefill_chunks_and_decode_have_the_same_bits_across_splits(options, dtype, generator):
+    cache = Cache(generator, [270, 40], 2, 1, dtype=dtype)
+    whole = launched(cache.arguments({0: (0, 270)}, **options), workers=1)
+    for first, end, workers in ((0, 100, 1), (100, 257, 2), (257, 270, 3)):
+        chunk = launched(cache.arguments({1: (39, 40), 0: (first, end)}, page_size=7, **options), workers)
+        assert first_mismatch(chunk[1:], whole[first:end]) is None, f"chunk {first}:{end}"
+    for end in (1, 127, 128, 129, 256, 270):
+        for workers in (1, 3):
+            decoded = launched(cache.arguments({0: (end - 1, end), 1: (0, 3)}, **options), workers)
+            assert first_mismatch(decoded[:1], whole[end - 1 : end]) is None, f"{end}, {workers} workers"
+
+
+@pytest.mark.usefixtures("short_splits", "row_by_row")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_neighbours_and_pages_do_not_move_a_split(workers, generator):
+    cache = long_cache(generator)
+    expected = {i: launched(cache.arguments({i: span}), 1) for i, span in LONG_SPANS.items()}
+    for page_size in (7, 256):
+        for spans in (LONG_SPANS, dict(reversed(LONG_SPANS.items()))):
+            out = launched(cache.arguments(spans, page_size=page_size), workers)
+            parts = out.split([end - first for first, end in spans.values()])
+            for i, part in zip(spans, parts, strict=True):
+                assert first_mismatch(part, expected[i]) is None, f"sequence {i}, pages of {page_size}"
+
+
+@hostile
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_hostile_values_stay_where_they_are_seen(value, workers, generator):
+    cache = Cache(generator, [300, 270, 40])
+    spans = {0: (250, 260), 1: (260, 270), 2: (30, 40)}
+    expected = launched(cache.arguments(spans), workers=1)
+    for tensors in (cache.k, cache.v):
+        tensors[0][255:] = value  # the first five queries do not see it, nor the split that begins at 256
+    cache.v[1][3, 0, 0] = value
+    cache.v[1][200, 0, 1], cache.v[1][100, 0, 1] = INF, -INF
+    out = launched(cache.arguments(spans, fill=NAN), workers)
+    assert first_mismatch(out[:5], expected[:5]) is None
+    assert not out[5:10].isfinite().any()
+    assert first_mismatch(out[20:], expected[20:]) is None
+    second = out[10:20, :2]  # the query heads of the first key head
+    assert first_mismatch(second[..., 2:], expected[10:20, :2, 2:]) is None
+    assert second[..., 1].isnan().all()
+    torch.testing.assert_close(second[..., 0], torch.full_like(second[..., 0], value), equal_nan=True)
+    assert first_mismatch(out[10:20, 2:], expected[10:20, 2:]) is None
+
+
+@hostile
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 100}], ids=str)
+def test_programs_that_share_splits_agree_on_hostile_values(options, generator):
+    cache = Cache(generator, [300])
+    cache.q[0][297] = NAN
+    cache.k[0][10], cache.k[0][140] = INF, NAN
+    cache.v[0][::29], cache.v[0][250:, :, :8], cache.v[0][5] = 3e38, -INF, NAN
+    arguments = cache.arguments({0: (296, 300)}, **options)
+    expected = launched(arguments, workers=1)
+    for workers in WORKERS:
+        torch.testing.assert_close(launched(arguments, workers), expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sequences_without_queries_or_keys_among_splits(workers, generator):
+    cache = Cache(generator, [200, 0, 0])
+    expected = launched(cache.arguments({0: (198, 200)}), workers=1)
+    arguments = cache.arguments({1: (0, 0), 0: (198, 200), 2: (0, 0)})
+    assert first_mismatch(launched(arguments, workers), expected) is None
+    arguments["seqused_k"].zero_()
+    assert torch.equal(launched(arguments, workers), torch.zeros_like(expected))
+
+
+@pytest.mark.usefixtures("short_splits")
+def test_lengths_past_the_bounds_of_a_launch_write_nowhere_else(generator):
+    """The launch has room for what max_seqlen_q and the table say; a wrong one must not reach another row's place."""
+    cache = Cache(generator, [263, 40])
+    arguments = cache.arguments({0: (255, 263), 1: (39, 40)}, window=129)  # the first has keys in three splits
+    expected = launched(arguments, workers=3)
+    short = launched({**arguments, "max_seqlen_q": 1}, workers=3)  # of which one query has room for two
+    assert first_mismatch(short[[0, 8]], expected[[0, 8]]) is None
+
+
+def test_a_context_of_one_split_is_one_softmax(generator, monkeypatch):
+    arguments = Cache(generator, [128, 100]).arguments({0: (124, 128), 1: (99, 100)})
+    expected = launched(arguments)
+    monkeypatch.setattr(module, "SPLIT", SHORT)
+    assert first_mismatch(launched(arguments), expected) is None
+    monkeypatch.setattr(module, "SPLIT", 64)
+    assert first_mismatch(launched(arguments), expected) is not None, "the splits are no part of the order"
+
+
+@pytest.mark.usefixtures("short_splits")
+def test_splits_merged_in_another_order_are_found(generator, monkeypatch):
+    """A planted variance: where several programs share the splits, the last comes first."""
+    arguments = Cache(generator, [384]).arguments({0: (380, 384)}, page_size=64)
+    arguments["block_table"] = arguments["block_table"][:, :6]
+    expected = launched(arguments, workers=1)
+    assert first_mismatch(launched(arguments, workers=3), expected) is None
+    merge = kernels.merge_kernel
+
+    class Backwards:
+        def __getitem__(self, grid):
+            def run(*args, **kwargs):
+                for part in args[:3]:
+                    part.copy_(part.flip(2))
+                merge[grid](*args, **kwargs)
+
+            return run
+
+    monkeypatch.setattr(module, "merge_kernel", Backwards())
+    assert first_mismatch(launched(arguments, workers=3), expected) is not None
+
+
+@triton.jit
+def _merged(left_ptr, right_ptr, out_ptr, WIDTH: tl.constexpr):
+    """Rows of (largest, normaliser, total [WIDTH - 2]), padded to WIDTH."""
+    rows, columns = tl.arange(0, 4), tl.arange(0, WIDTH)
+    places = rows[:, None] * (WIDTH + 2) + columns[None, :] + 2
+    largest, normaliser, total = kernels._merge(
+        tl.load(left_ptr + rows * (WIDTH + 2)), tl.load(left_ptr + rows * (WIDTH + 2) + 1), tl.load(left_ptr + places),
+        tl.load(right_ptr + rows * (WIDTH + 2)), tl.load(right_ptr + rows * (WIDTH + 2) + 1),
+        tl.load(right_ptr + places),
+    )  # fmt: skip
+    tl.store(out_ptr + rows * (WIDTH + 2), largest)
+    tl.store(out_ptr + rows * (WIDTH + 2) + 1, normaliser)
+    tl.store(out_ptr + places, total)
+
+
+def test_a_split_of_which_nothing_is_visible_changes_nothing(generator):
+    device = generator.device
+    some = torch.randn(4, 10, generator=generator, device=device)
+    some[:, 1] = some[:, 1].abs() + 1.0
+    some[1, 2:5] = torch.tensor([INF, -INF, NAN])  # what was seen in values stays
+    some[2, 1:] = NAN
+    some[3, 0], some[3, 1:] = -INF, 0.0  # nothing either
+    nothing = torch.zeros_like(some)
+    nothing[:, 0] = -INF
+    for left, right in ((some, nothing), (nothing, some)):
+        out = torch.empty_like(some)
+        _merged[(1,)](left, right, out, WIDTH=8)
+        torch.testing.assert_close(out, some, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def test_a_masked_key_does_not_move_the_sign_of_a_zero(generator):
+    """A total that underflows to -0 stays -0 over keys of -0, and would be 0 past a masked key of 1."""
+    cache = Cache(generator, [131], 2, 1, 16)
+    cache.q[0].fill_(1.0)
+    cache.k[0][:64], cache.k[0][64:] = 0.0, 100.0
+    cache.v[0][:64], cache.v[0][64:128], cache.v[0][128:] = -1e-38, -0.0, 1.0
+    alone = cache.attend({0: (127, 128)})[0]
+    assert first_mismatch(cache.attend({0: (123, 131)})[0][4:5], alone) is None
+
+
+@pytest.mark.parametrize("has_start", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 5, 40])
+def test_a_launch_has_room_for_every_split(window, has_start, monkeypatch):
+    monkeypatch.setattr(module, "SPLIT", 8)
+    for context in range(40):
+        for queries in range(1, context + 1):
+            found = 0
+            for start in range(8) if has_start else (0,):
+                first = max(start, start + context - queries - window + 1) if window else start
+                found = max(found, -(-(start + context) // 8) - first // 8)
+            bound = module.splits_for(context, queries, window, has_start)
+            assert found <= bound <= found + (window > 0), f"{queries} of {context}"
+
+
+@pytest.mark.parametrize(
+    ("programs", "splits", "scratch", "workers"),
+    [
+        (8, 1, 2**20, 1),  # one split
+        (8, 16, 2**20, 16),  # a decode step of one sequence
+        (8, 256, 2**20, 66),  # as many as the GPU takes
+        (200, 64, 2**20, 2),
+        (265, 64, 2**20, 1),  # enough without
+        (4096, 64, 2**20, 1),  # a prefill
+        (8, 256, 2**28 + 1, 1),  # too much memory
+        (8, 0, 0, 1),  # no keys
+    ],
+)
+def test_few_programs_get_workers(programs, splits, scratch, workers):
+    assert module.workers_for(programs, splits, scratch, multiprocessors=132) == workers
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_a_graph_of_shared_splits_has_the_bits_of_a_prefill(dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    cache = Cache(generator, [3000, 700], 8, 2, 128, dtype)
+    whole = cache.attend({0: (0, 3000)})[0]
+    arguments = cache.arguments({0: (2999, 3000), 1: (699, 700)})
+    graph = torch.cuda.CUDAGraph()
+    paged_attention(**arguments)
+    with torch.cuda.graph(graph):
+        out = paged_attention(**arguments)
+    for end in (1, 512, 513, 2048, 2999, 3000):
+        arguments["q"][0], arguments["seqused_k"][0] = cache.q[0][end - 1], end
+        graph.replay()
+        assert first_mismatch(out[:1], whole[end - 1 : end]) is None, f"{end}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_and_warps_change_no_bits(dtype, head_dim, options, generator):
+    """On the tensor cores of Hopper a tile has one result for every number of rows and warps."""
+    if not is_hopper(generator.device):
+        pytest.skip("there is one block for all elsewhere than on Hopper")
+    cache = Cache(generator, [1200, 40], 8, 2, head_dim, dtype)
+    cache.q[0] *= 4.0  # scores of a wide range
+    arguments = cache.arguments({0: (1100, 1200), 1: (30, 40)}, **options)
+    expected = launched(arguments, 1, module.DECODE)
+    assert_accurate(expected, arguments)
+    blocks = [*module.WIDE_BLOCKS] if head_dim > 128 else [*module.BLOCKS, module.DECODES, module.Block(32, 2, 3)]
+    for block in blocks:
+        for workers in (1, 2):
+            assert first_mismatch(launched(arguments, workers, block), expected) is None, f"{block}, {workers} workers"
+    whole = launched(cache.arguments({0: (0, 1200)}, **options))
+    assert first_mismatch(whole[1100:], expected[:100]) is None, "the whole sequence"
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "head_dim", "expected"),
+    [
+        (4, 4, 128, module.DECODE),
+        (4, 4, 256, module.WIDE_BLOCKS[0]),
+        (17, 1, 64, module.BLOCKS[1]),
+        (4096, 4, 128, module.BLOCKS[2]),
+        (4096, 4, 256, module.WIDE_BLOCKS[1]),
+        (256, 256, 64, replace(module.BLOCKS[2], rows=256)),
+    ],
+)
+def test_a_block_has_room_for_a_sequence_or_is_the_largest(rows, group, head_dim, expected):
+    assert module.block_for(rows, group, head_dim, True) == expected
+    assert module.block_for(rows, group, head_dim, False) == module.Block(max(16, group), 4, 2)
+
+
+@hostile
+def test_an_infinity_whose_weight_is_zero_is_nan_in_prefill_as_in_decode(generator):
+    """What a query sees is multiplied as it is: zero times infinity. What it does not see is not."""
+    cache = Cache(generator, [40], 2, 1, 16)
+    expected = launched(cache.arguments({0: (0, 40)}))
+    cache.k[0][30] = -1e4 * cache.q[0][39, 0]  # a score so low that the last query gives it no weight
+    cache.v[0][30] = INF
+    whole = launched(cache.arguments({0: (0, 40)}))
+    decoded = launched(cache.arguments({0: (39, 40)}))
+    assert first_mismatch(whole[:30], expected[:30]) is None
+    assert whole[39, 0].isnan().all()
+    assert first_mismatch(decoded[0], whole[39]) is None

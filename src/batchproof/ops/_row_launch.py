@@ -16,7 +16,15 @@ from ..errors import ShapeError
 from ._rows import readable, row_strides, writable
 from ._triton import device_guard, tl, triton
 
-__all__ = ["CachedKernel", "RowPlan", "RowVariant", "address_rows", "row_plan", "use_dependent_launch"]
+__all__ = [
+    "CachedKernel",
+    "RowPlan",
+    "RowVariant",
+    "address_rows",
+    "dependent_launch",
+    "row_plan",
+    "use_dependent_launch",
+]
 
 VECTOR_BYTES = 16
 MAX_ROWS = 2**31 - 1
@@ -228,6 +236,11 @@ def use_dependent_launch(use: bool) -> None:
     _dependent_launch = use
 
 
+def dependent_launch(device: int) -> bool:
+    """Whether kernels are launched so on a GPU."""
+    return _dependent_launch and has_dependent_launch(device)
+
+
 class CachedKernel:
     """A jitted kernel whose launches skip Triton's analysis of the arguments once it was made.
 
@@ -260,7 +273,7 @@ class CachedKernel:
         if device != torch.cuda.current_device():
             with device_guard(like):
                 return self(key, programs, like, arguments, constants, warps)
-        pdl = _dependent_launch and has_dependent_launch(device)
+        pdl = dependent_launch(device)
         compiled = self.compiled.get((device, pdl, key))
         if compiled is None:
             options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}

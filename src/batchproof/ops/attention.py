@@ -1,21 +1,26 @@
-"""Paged attention over ragged sequences: prefill, chunked prefill, decode and cached prefixes by one path.
+"""Paged attention over ragged sequences: prefill, chunked prefill, decode and cached prefixes in one order.
 
     out[t, h] = sum over visible j of softmax_j(softcap(q[t, h] . k[j, h'] * softmax_scale)) * v[j, h']
 
 for the query token at absolute position p of its sequence; visible are j <= p (causal) and j > p - window.
 
-Invariance: keys are taken in tiles of TILE at absolute positions of their own sequence, in ascending order, with an
-online softmax in fp32, by one tile shape for every batch. A masked key adds an exact zero and a fully masked tile
-changes nothing, so a query's bits depend on its own row, its sequence's keys up to its position and the scalars:
-not on how many queries came with it, on neighbours, on the block table's layout or the page size.
+Invariance: keys are cut in splits of SPLIT, and those in tiles of TILE, at absolute positions of their own sequence.
+An online softmax in fp32 takes a split's tiles in ascending order, from nothing; the splits' results are merged in
+ascending order, always by one formula. A masked key adds an exact zero, and a fully masked tile or split changes
+nothing, so a query's bits depend on its own row, its sequence's keys up to its position and the scalars: not on how
+many queries came with it, on neighbours, on the block table's layout or the page size; nor on how many programs
+share the splits, nor on their rows and warps, which the shapes of a batch choose (``workers_for``, ``block_for``). See
+``_attention_kernels``.
 On the CPU scores and outputs are exact sums (see ``_attention_cpu``), which have no order.
 
-Source: Dao et al., FlashAttention, 2022 (online softmax); Kwon et al., PagedAttention, 2023 (block tables).
+Source: Dao et al., FlashAttention, 2022 (online softmax); Kwon et al., PagedAttention, 2023 (block tables);
+Dao et al., Flash-Decoding, 2023 (splits of keys).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,14 +28,50 @@ import torch
 from ..errors import ArgumentError, DeviceError, ShapeError
 from ..registry import OpSpec, register_spec
 from ._attention_cpu import attend_paged, slots_of, visible_keys
+from ._attention_kernels import attention_kernel, merge_kernel
+from ._hopper import is_hopper, processors
 from ._library import check_dtype, check_same, register_op, require_no_grad
-from ._triton import device_guard, tl, triton
+from ._row_launch import dependent_launch
+from ._triton import device_guard, triton
 
 __all__ = ["paged_attention", "paged_attention_reference"]
 
-TILE = 64  # keys per step of the online softmax, at absolute positions
-ROWS = 16  # query rows (tokens times query heads of one key head) per program, whatever the batch
-WARPS = 4
+# What the bits depend on: the same for every batch
+SPLIT = 512  # keys whose softmax starts anew, at absolute positions; a multiple of TILE
+TILE = 64  # keys per step of the online softmax
+# What they do not depend on
+MERGE_STAGES = 4  # splits' results in flight
+FULL = 4  # programs for each of a GPU's multiprocessors: with fewer, splits are shared out
+MOST_SCRATCH = 2**28  # bytes of splits' results
+
+
+@dataclass(frozen=True)
+class Block:
+    """A program's query rows (tokens times query heads of one key head), its warps, and the pipeline's depth."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+DECODE = Block(16, 4, 3)
+DECODES = Block(16, 2, 2)  # where there are so many that bandwidth counts, not latency
+BLOCKS = (DECODE, Block(64, 4, 2), Block(128, 8, 3))  # the first that holds a sequence's rows, or the last
+WIDE_BLOCKS = (Block(16, 4, 2), Block(64, 8, 2))  # heads of more than 128: an output of as many registers
+MANY = 2  # programs for each of a GPU's multiprocessors: then they hide each other's latency
+
+
+def block_for(rows: int, group: int, head_dim: int, several: bool) -> Block:
+    """How many rows a program has where a sequence has ``rows`` at most; ``group`` rows stay together.
+
+    ``several``: whether blocks may differ, as on Hopper's tensor cores; elsewhere one is for all.
+    """
+    blocks = BLOCKS if head_dim <= 128 else WIDE_BLOCKS
+    if several:
+        block = next((b for b in blocks if b.rows >= rows), blocks[-1])
+    else:
+        block = replace(blocks[0], stages=2)
+    return block if block.rows >= group else replace(block, rows=group)
 
 
 def paged_attention_reference(
@@ -67,98 +108,26 @@ def paged_attention_reference(
     return out
 
 
-@triton.jit
-def _softcap(scores, cap):
-    """The soft cap, cap * tanh(scores / cap), with tanh(x) = 1 - 2 / (exp(2 x) + 1)."""
-    return cap * (1.0 - 2.0 / (tl.exp(2.0 * (scores / cap)) + 1.0))
+def splits_for(context: int, max_seqlen_q: int, window: int, has_start: bool) -> int:
+    """Most splits with a key that a query of one sequence sees, of ``context`` keys at most; from shapes alone."""
+    bounds = [context + (SPLIT - 1 if has_start else 0)]  # from a split's last key on, if the first need not be at 0
+    if window:
+        bounds.append(window + max_seqlen_q - 1 + SPLIT - 1)
+    return -(-min(bounds) // SPLIT)
 
 
-@triton.jit
-def _odd_values(probabilities, v):
-    """What infinities and NaN in ``v`` add to the output: nothing where the probability is zero, as of masked keys."""
-    seen = (probabilities > 0.0).to(tl.float16)
-    nan = tl.dot(seen, (v != v).to(tl.float16)) > 0.0
-    plus = tl.dot(seen, (v.to(tl.float32) == float("inf")).to(tl.float16)) > 0.0
-    minus = tl.dot(seen, (v.to(tl.float32) == float("-inf")).to(tl.float16)) > 0.0
-    out = tl.where(plus, float("inf"), tl.where(minus, float("-inf"), 0.0))
-    return tl.where(nan | (plus & minus), float("nan"), out)
+def workers_for(programs: int, splits: int, scratch: int, multiprocessors: int) -> int:
+    """How many programs share the splits of the same rows; 1: it merges them itself. No bit depends on it.
 
-
-@triton.jit(do_not_specialize=["table_row", "softmax_scale", "softcap", "window", "page_size"])
-def _paged_attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_q_ptr, seqused_k_ptr, block_table_ptr, k_start_ptr,
-    q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row: tl.int64,
-    softmax_scale: tl.float32, softcap: tl.float32, window, page_size,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_START: tl.constexpr,
-):  # fmt: skip
-    """ROWS query rows of one sequence and key head: row r is token r // GROUP_PADDED, query head r % GROUP_PADDED."""
-    sequence = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)
-    first = tl.load(cu_seqlens_q_ptr + sequence).to(tl.int64)
-    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1).to(tl.int64) - first
-    key_start = tl.load(k_start_ptr + sequence).to(tl.int32) if HAS_START else 0
-    key_end = key_start + tl.load(seqused_k_ptr + sequence).to(tl.int32)
-    tokens_per_program: tl.constexpr = ROWS // GROUP_PADDED
-    start_token = tl.program_id(2) * tokens_per_program
-    if start_token >= num_queries:
-        return
-
-    rows = tl.arange(0, ROWS)
-    token = start_token + rows // GROUP_PADDED
-    head_in_group = rows % GROUP_PADDED
-    row_mask = (token < num_queries) & (head_in_group < GROUP)
-    head = kv_head * GROUP + head_in_group
-    at = (key_end - num_queries + token).to(tl.int32)
-    dims = tl.arange(0, HEAD_DIM_PADDED)
-    dim_mask = dims < HEAD_DIM
-    q_offsets = (first + token)[:, None] * q_token + head[:, None] * q_head + dims[None, :]
-    q = tl.load(q_ptr + q_offsets, mask=row_mask[:, None] & dim_mask[None, :], other=0.0)
-
-    largest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    normaliser = tl.zeros([ROWS], dtype=tl.float32)
-    total = tl.zeros([ROWS, HEAD_DIM_PADDED], dtype=tl.float32)
-    oldest_at = key_end - num_queries.to(tl.int32) + start_token
-    end = tl.minimum(oldest_at + tokens_per_program, key_end) if CAUSAL else key_end
-    begin = tl.maximum(oldest_at - window + 1, key_start) if HAS_WINDOW else key_start
-
-    for tile in range(begin // TILE * TILE, end, TILE):
-        keys = tile + tl.arange(0, TILE)
-        key_mask = (keys >= key_start) & (keys < key_end)
-        index = keys - key_start
-        page_ptrs = block_table_ptr + sequence * table_row + index // page_size
-        page = tl.load(page_ptrs, mask=key_mask, other=0).to(tl.int64)
-        slot = (index % page_size).to(tl.int64)
-        k_offsets = page[None, :] * k_page + slot[None, :] * k_slot + kv_head * k_head + dims[:, None]
-        k = tl.load(k_ptr + k_offsets, mask=key_mask[None, :] & dim_mask[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * softmax_scale
-        if HAS_SOFTCAP:
-            scores = _softcap(scores, softcap)
-        visible = key_mask[None, :] & row_mask[:, None]
-        if CAUSAL:
-            visible &= keys[None, :] <= at[:, None]
-        if HAS_WINDOW:
-            visible &= at[:, None] - keys[None, :] < window
-        scores = tl.where(visible, scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # nothing visible yet
-        probabilities = tl.exp(scores - base[:, None])
-        rescale = tl.exp(largest - base)
-        normaliser = normaliser * rescale + tl.sum(probabilities, axis=1)
-        v_offsets = page[:, None] * v_page + slot[:, None] * v_slot + kv_head * v_head + dims[None, :]
-        v = tl.load(v_ptr + v_offsets, mask=key_mask[:, None] & dim_mask[None, :], other=0.0)
-        total = total * rescale[:, None]
-        odd = (v != v) | (tl.abs(v.to(tl.float32)) == float("inf"))
-        clean = tl.where(odd, tl.zeros_like(v), v)
-        total = tl.dot(probabilities.to(v.dtype), clean, total, input_precision="ieee")
-        if tl.max(tl.max(odd.to(tl.int32), axis=1), axis=0) > 0:
-            total += _odd_values(probabilities, v)
-        largest = new_largest
-
-    out = total / tl.where(normaliser == 0.0, 1.0, normaliser)[:, None]
-    out_offsets = ((first + token)[:, None] * NUM_HEADS + head[:, None]) * HEAD_DIM + dims[None, :]
-    tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & dim_mask[None, :])
+    Args:
+        programs: those of one worker each.
+        splits: most splits of a sequence.
+        scratch: bytes of all the splits' results, which several workers leave in memory.
+        multiprocessors: the GPU's.
+    """
+    if scratch > MOST_SCRATCH:
+        return 1
+    return max(1, min(splits, FULL * multiprocessors // programs))
 
 
 def launch(
@@ -174,31 +143,62 @@ def launch(
     window: int,
     softcap: float,
     k_start: torch.Tensor | None,
+    workers: int | None = None,
+    block: Block | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run the kernel, which wants unit stride on every tensor's last axis."""
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    """Run the kernels, which want unit stride on every tensor's last axis.
+
+    ``workers`` and ``block``: as ``workers_for`` and ``block_for`` say. ``out``: contiguous, to be written.
+    """
     num_sequences, kv_heads = seqused_k.shape[0], k_cache.shape[2]
-    if out.numel() == 0 or num_sequences == 0 or max_seqlen_q == 0:
-        return out
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if q.numel() == 0 or num_sequences == 0 or max_seqlen_q == 0:
+        return out.zero_()
     q, k_cache, v_cache, block_table = (
         t if t.stride(-1) == 1 else t.contiguous() for t in (q, k_cache, v_cache, block_table)
     )
-    cu_seqlens_q, seqused_k = cu_seqlens_q.contiguous(), seqused_k.contiguous()
     k_start = None if k_start is None else k_start.contiguous()
-    group = q.shape[1] // kv_heads
-    group_padded = triton.next_power_of_2(group)
-    rows = max(ROWS, group_padded)
-    grid = (num_sequences, kv_heads, triton.cdiv(max_seqlen_q, rows // group_padded))
+    sequences = (cu_seqlens_q.contiguous(), seqused_k.contiguous(), k_start)
+    num_tokens, num_heads, head_dim = q.shape
+    group = triton.next_power_of_2(num_heads // kv_heads)
+    multiprocessors = processors(q.device) if q.is_cuda else 1
+    chosen = block or block_for(
+        group * max_seqlen_q, group, head_dim, several=q.dtype != torch.float32 and is_hopper(q.device)
+    )
+    one_token = max_seqlen_q == 1
+    tokens = 1 if one_token else chosen.rows // group
+    grid = (num_sequences, kv_heads, triton.cdiv(max_seqlen_q, tokens))
+    splits = splits_for(block_table.shape[1] * k_cache.shape[1], max_seqlen_q, window, k_start is not None)
+    if workers is None:
+        scratch = 4 * num_tokens * num_heads * splits * (head_dim + 2)
+        workers = workers_for(math.prod(grid), splits, scratch, multiprocessors)
+    if block is None and chosen is DECODE and math.prod(grid) * workers >= MANY * multiprocessors:
+        chosen = DECODES
+    parts: list[torch.Tensor | None] = [None] * 3  # largest scores, normalisers, totals
+    if workers > 1:
+        shape = (num_tokens, num_heads, splits)
+        parts = [q.new_empty((*shape, *of), dtype=torch.float32) for of in ((), (), (head_dim,))]
+    pdl = q.is_cuda and dependent_launch(q.get_device())
+    constants = {
+        "NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "HEAD_DIM_PADDED": max(16, triton.next_power_of_2(head_dim)),
+        "SPLIT": SPLIT, "CAUSAL": causal, "HAS_WINDOW": window > 0, "HAS_START": k_start is not None, "PDL": pdl,
+        "enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {}),
+    }  # fmt: skip
     with device_guard(q):
-        _paged_attention_kernel[grid](
-            q, k_cache, v_cache, out, cu_seqlens_q, seqused_k, block_table, k_start,
+        attention_kernel[(*grid[:2], grid[2] * workers)](
+            q, k_cache, v_cache, out, *parts, *sequences, block_table, num_tokens, block_table.shape[1],
             *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
-            softmax_scale, softcap, window, k_cache.shape[1],
-            NUM_HEADS=q.shape[1], GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=q.shape[2],
-            HEAD_DIM_PADDED=max(16, triton.next_power_of_2(q.shape[2])),
-            ROWS=rows, TILE=TILE, CAUSAL=causal, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0.0,
-            HAS_START=k_start is not None, num_warps=WARPS, num_stages=2, enable_fp_fusion=False,
+            softmax_scale, softcap, window, workers, splits,
+            GROUP=num_heads // kv_heads, GROUP_PADDED=group, ROWS=chosen.rows, TILE=TILE, PAGE_SIZE=k_cache.shape[1],
+            WALK=workers == 1, HAS_SOFTCAP=softcap > 0.0, ONE_TOKEN=one_token,
+            num_warps=chosen.warps, num_stages=chosen.stages, **constants,
         )  # fmt: skip
+        if workers > 1:
+            merge_kernel[(num_sequences, num_heads, max_seqlen_q)](
+                *parts, out, *sequences, window, splits,
+                TOKENS=tokens, STAGES=MERGE_STAGES, num_warps=1, **constants,
+            )  # fmt: skip
     return out
 
 

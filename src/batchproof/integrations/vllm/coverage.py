@@ -82,7 +82,7 @@ COVERAGE: tuple[Coverage, ...] = (
         "its persistent Triton matmul, one configuration a dtype",
         NOTHING,
     ),
-    Coverage("attention, TRITON_ATTN", None, "always its kernel without KV segments", NOTHING),
+    Coverage("attention, TRITON_ATTN", "attention", "always its kernel without KV segments", NOTHING),
     Coverage(
         "attention, FLASH_ATTN",
         None,

@@ -278,6 +278,50 @@ def _install_fp8_block_linear() -> None:
     _put_first(linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CUDA], InvariantFp8BlockScaledMMKernel)
 
 
+_ATTENTION = "vllm.v1.attention.backends.triton_attn"  # which calls unified_attention by its own name
+_ATTENDS = [
+    "q", "k", "v", "out", "cu_seqlens_q", "max_seqlen_q", "seqused_k", "max_seqlen_k", "softmax_scale", "causal",
+    "window_size", "block_table", "softcap",
+]  # fmt: skip
+
+
+def _probe_attention() -> str | None:
+    from .attention import NEUTRAL
+
+    module = import_module(_ATTENTION)
+    absent = _lacks(module, "unified_attention", "TritonAttentionMetadataBuilder")
+    if absent:
+        return absent
+    found = inspect.signature(module.unified_attention).parameters
+    if list(found)[: len(_ATTENDS)] != _ATTENDS:
+        return f"unified_attention begins with {list(found)[: len(_ATTENDS)]}, want {_ATTENDS}"
+    absent_too = [name for name in NEUTRAL if name not in found]
+    builder = inspect.signature(module.TritonAttentionMetadataBuilder.__init__).parameters
+    if absent_too or "vllm_config" not in builder:
+        return f"unified_attention has no {', '.join(absent_too)}" if absent_too else "its builder takes no vllm_config"
+    return None
+
+
+def _install_attention() -> None:
+    from .attention import attention_over_ours
+
+    module: Any = import_module(_ATTENTION)
+    if hasattr(module.unified_attention, "__wrapped__"):
+        return
+    prefixes: list[bool] = []  # whether a model sees some of its prompt both ways, in batches that have such a prompt
+    builder = module.TritonAttentionMetadataBuilder
+    build = builder.__init__
+
+    @functools.wraps(build)
+    def note_and_build(self: Any, *arguments: Any, **named: Any) -> None:
+        given = inspect.signature(build).bind(self, *arguments, **named).arguments["vllm_config"]
+        prefixes.append(bool(getattr(given.model_config, "is_mm_prefix_lm", False)))
+        build(self, *arguments, **named)
+
+    builder.__init__ = note_and_build
+    module.unified_attention = attention_over_ours(module.unified_attention, lambda: not any(prefixes))
+
+
 def _probe_graph_passes() -> str | None:
     from vllm.compilation.passes.fusion.matcher_utils import MatcherQuantFP8
     from vllm.compilation.passes.pass_manager import PostGradPassManager
@@ -363,5 +407,12 @@ HOOKS = (
         _probe_fp8_block_linear,
         _install_fp8_block_linear,
         switch="BATCHPROOF_LINEAR",  # by request alone, until it has been timed against DeepGEMM
+    ),
+    Hook(
+        "attention",
+        "attention of the Triton backend",
+        _probe_attention,
+        _install_attention,
+        switch="BATCHPROOF_ATTENTION",
     ),
 )

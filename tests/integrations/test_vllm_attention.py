@@ -1,0 +1,139 @@
+"""vLLM's attention over ours: which calls are taken, with what arguments, and what is left to vLLM."""
+
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from batchproof.integrations.vllm import attention as module
+from batchproof.integrations.vllm.attention import NEUTRAL, attention_over_ours
+from batchproof.integrations.vllm.hooks import HOOKS
+from batchproof.numerics import first_mismatch
+from batchproof.ops.attention import launch
+
+HOOK = next(hook for hook in HOOKS if hook.name == "attention")
+PAGE, HEADS, KV_HEADS, HEAD_DIM = 16, 4, 2, 16
+
+
+@pytest.fixture
+def call():
+    """The arguments of vLLM's ``unified_attention``: one query of 20 keys and two of 3, in a cache as vLLM lays it."""
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(4, KV_HEADS, PAGE, 2 * HEAD_DIM, generator=generator).transpose(1, 2)
+    k, v = cache.split(HEAD_DIM, dim=-1)
+    q = torch.randn(3, HEADS, HEAD_DIM, generator=generator)
+    scale = torch.ones(2, KV_HEADS)
+    return {
+        "q": q, "k": k, "v": v, "out": torch.full_like(q, float("nan")), "cu_seqlens_q": torch.tensor([0, 1, 3]),
+        "max_seqlen_q": 2, "seqused_k": torch.tensor([20, 3]), "max_seqlen_k": 20, "softmax_scale": 0.25,
+        "causal": True, "window_size": (-1, -1), "block_table": torch.tensor([[2, 0], [3, 0]]), "softcap": 0.0,
+        "k_descale": scale, "v_descale": scale, "seq_threshold_3D": 16, "kv_quant_mode": 0, "use_td": False, **NEUTRAL,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def vllms():
+    """Calls that vLLM's own kernel got."""
+    return []
+
+
+@pytest.fixture
+def attend(vllms):
+    return attention_over_ours(lambda *arguments, **named: vllms.append((arguments, named)), lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {}),
+        ({"window_size": (4, 0)}, {"window": 5}),
+        ({"softcap": 3.0}, {"softcap": 3.0}),
+        ({"causal": False}, {"causal": False}),
+        ({"max_seqlen_q": 7}, {}),
+    ],
+)
+def test_paged_attention_is_ours(call, attend, vllms, changes, expected):
+    call |= changes
+    attend(**call)
+    options = {"causal": True, "window": 0, "softcap": 0.0} | expected
+    wanted = launch(
+        *(call[name] for name in ("q", "k", "v", "cu_seqlens_q", "seqused_k", "block_table")), 2, 0.25,
+        *options.values(), None,
+    )  # fmt: skip
+    assert first_mismatch(call["out"], wanted) is None
+    assert not vllms
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("sinks", torch.zeros(HEADS), "asked for sinks"),
+        ("alibi_slopes", torch.zeros(HEADS), "asked for alibi_slopes"),
+        ("chunk_lookback", 2, "asked for chunk_lookback"),
+        ("kv_quant_mode", 1, "the cache is quantised, 1"),
+        ("causal", torch.tensor([True, False]), "causal is a tensor"),
+        ("window_size", (4, 4), "the window is (4, 4)"),
+        ("k", torch.zeros(4, PAGE, KV_HEADS, HEAD_DIM, dtype=torch.float8_e4m3fn), "the cache torch.float8_e4m3fn"),
+        ("out", torch.zeros(HEADS, 3, HEAD_DIM).transpose(0, 1), "its output is not contiguous"),
+    ],
+)
+def test_what_is_asked_beyond_that_stays_vllms_and_the_log_says_so(call, attend, vllms, caplog, name, value, reason):
+    module._say_that_it_stays_vllms.cache_clear()
+    call[name] = value
+    with caplog.at_level("WARNING", logger="vllm.batchproof"):
+        attend(**call)
+        attend(**call)
+    assert len(vllms) == 2
+    assert caplog.text.count(reason) == 1
+    given = dict(zip(list(call)[: len(vllms[0][0])], vllms[0][0], strict=True)) | vllms[0][1]
+    assert given.keys() == call.keys()
+    assert all(given[key] is call[key] for key in call)
+
+
+def test_the_hook_notes_models_that_see_prompts_both_ways(call, monkeypatch, vllms):
+    """A batch without such a prompt looks like any other: the model decides, not the batch."""
+
+    class Builder:
+        def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+            self.device = device
+
+    def unified_attention(
+        q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, softmax_scale, causal, window_size,
+        block_table, softcap, q_descale, k_descale, v_descale, seq_threshold_3D=None, alibi_slopes=None,
+        output_scale=None, qq_bias=None, sinks=None, mm_prefix_range=None, rswa_prefix_lens=None, rswa_window=None,
+        use_alibi_sqrt=False, kv_quant_mode=0, k_scale_cache=None, v_scale_cache=None, chunk_lookback=-1, use_td=False,
+    ):  # fmt: skip
+        vllms.append(out)
+
+    backend = ModuleType("triton_attn")
+    backend.unified_attention, backend.TritonAttentionMetadataBuilder = unified_attention, Builder
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.triton_attn", backend)
+    for package in ("vllm", "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backends"):
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    assert HOOK.probe() is None
+    HOOK.install()
+    HOOK.install()
+    assert backend.unified_attention.__wrapped__ is unified_attention
+    assert HOOK.probe() is None
+
+    def build(both_ways):
+        config = SimpleNamespace(model_config=SimpleNamespace(is_mm_prefix_lm=both_ways))
+        assert Builder(None, [], vllm_config=config, device="cpu").device == "cpu"
+
+    build(False)
+    backend.unified_attention(**call)
+    assert not vllms
+    build(True)
+    backend.unified_attention(**call)
+    assert len(vllms) == 1
+
+
+def test_the_hook_is_on_request(monkeypatch):
+    monkeypatch.delenv("BATCHPROOF_ATTENTION", raising=False)
+    assert not HOOK.is_wanted()
+    monkeypatch.setenv("BATCHPROOF_ATTENTION", "1")
+    assert HOOK.is_wanted()
+    if not importlib.util.find_spec("vllm"):
+        assert "No module named 'vllm'" in HOOK.missing()
