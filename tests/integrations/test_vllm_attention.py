@@ -29,7 +29,8 @@ def call():
         "q": q, "k": k, "v": v, "out": torch.full_like(q, float("nan")), "cu_seqlens_q": torch.tensor([0, 1, 3]),
         "max_seqlen_q": 2, "seqused_k": torch.tensor([20, 3]), "max_seqlen_k": 20, "softmax_scale": 0.25,
         "causal": True, "window_size": (-1, -1), "block_table": torch.tensor([[2, 0], [3, 0]]), "softcap": 0.0,
-        "k_descale": scale, "v_descale": scale, "seq_threshold_3D": 16, "kv_quant_mode": 0, "use_td": False, **NEUTRAL,
+        "sinks": None, "k_descale": scale, "v_descale": scale, "seq_threshold_3D": 16, "kv_quant_mode": 0,
+        "use_td": False, **NEUTRAL,
     }  # fmt: skip
 
 
@@ -52,6 +53,7 @@ def attend(vllms):
         ({"softcap": 3.0}, {"softcap": 3.0}),
         ({"causal": False}, {"causal": False}),
         ({"max_seqlen_q": 7}, {}),
+        ({"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])}, {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])}),
     ],
 )
 def test_paged_attention_is_ours(call, attend, vllms, changes, expected):
@@ -60,7 +62,7 @@ def test_paged_attention_is_ours(call, attend, vllms, changes, expected):
     options = {"causal": True, "window": 0, "softcap": 0.0} | expected
     wanted = launch(
         *(call[name] for name in ("q", "k", "v", "cu_seqlens_q", "seqused_k", "block_table")), 2, 0.25,
-        *options.values(), None,
+        **options,
     )  # fmt: skip
     assert first_mismatch(call["out"], wanted) is None
     assert not vllms
@@ -69,7 +71,6 @@ def test_paged_attention_is_ours(call, attend, vllms, changes, expected):
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("sinks", torch.zeros(HEADS), "asked for sinks"),
         ("alibi_slopes", torch.zeros(HEADS), "asked for alibi_slopes"),
         ("chunk_lookback", 2, "asked for chunk_lookback"),
         ("kv_quant_mode", 1, "the cache is quantised, 1"),

@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batchproof.errors import ArgumentError, BatchproofError, DtypeError, ShapeError, UnsupportedError
+from batchproof.errors import (
+    ArgumentError,
+    BatchproofError,
+    DeviceError,
+    DtypeError,
+    ShapeError,
+    UnsupportedError,
+)
 from batchproof.numerics import TOLERANCES, first_mismatch
 from batchproof.ops import _attention_kernels as kernels
 from batchproof.ops import attention as module
@@ -300,6 +307,16 @@ def wrong_arguments(good):
         "softcap": (ArgumentError, "softcap -1.0", {"softcap": -1.0}),
         "infinite softcap": (ArgumentError, "softcap inf", {"softcap": INF}),
         "max_seqlen_q": (ArgumentError, "max_seqlen_q -1", {"max_seqlen_q": -1}),
+        "dtype of v": (
+            DtypeError,
+            "v_cache is torch.float8_e4m3fn, want torch.float32 as k_cache is",
+            {"v_cache": good["v_cache"].to(torch.float8_e4m3fn)},
+        ),
+        "sinks": (ShapeError, r"sinks has shape \(1,\), want \(4,\)", {"sinks": torch.zeros(1)}),
+        "dtype of sinks": (DtypeError, "sinks is torch.int64", {"sinks": torch.zeros(4, dtype=torch.int64)}),
+        "shape of a scale": (ShapeError, r"k_scale has shape \(\), want \(1,\)", {"k_scale": torch.tensor(1.0)}),
+        "dtype of a scale": (DtypeError, "v_scale is torch.float16", {"v_scale": torch.ones(1).half()}),
+        "device of a scale": (DeviceError, "v_scale is on meta, want", {"v_scale": torch.ones(1, device="meta")}),
         "autograd": (UnsupportedError, "no backward pass", {"q": q.clone().requires_grad_()}),
     }
 
@@ -678,3 +695,55 @@ def test_an_infinity_whose_weight_is_zero_is_nan_in_prefill_as_in_decode(generat
     assert first_mismatch(whole[:30], expected[:30]) is None
     assert whole[39, 0].isnan().all()
     assert first_mismatch(decoded[0], whole[39]) is None
+
+
+SINKS = [-INF, -3.0, 0.0, 2.5, 40.0, 0.5]
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_sinks(options, dtype, generator):
+    cache = Cache(generator, [97, 1, 40], 6, 2, 24, dtype)
+    sinks = torch.tensor(SINKS, device=generator.device)
+    arguments = cache.arguments({0: (80, 97), 1: (0, 1), 2: (0, 40)}, sinks=sinks, **options)
+    whole = paged_attention(**arguments)
+    assert_accurate(whole, arguments)
+    without = paged_attention(**{**arguments, "sinks": None})
+    assert first_mismatch(whole[:, 0], without[:, 0]) is None, "a sink of -inf is none"
+    assert first_mismatch(whole[:, 3], without[:, 3]) is not None
+    if options.get("causal", True):
+        decoded = cache.attend({0: (96, 97)}, sinks=sinks, **options)[0]
+        assert first_mismatch(decoded, whole[16:17]) is None
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_sink_counts_once_among_shared_splits(dtype, generator):
+    sinks = torch.tensor(SINKS[:4], device=generator.device, dtype=dtype)
+    arguments = long_cache(generator, dtype).arguments(LONG_SPANS, sinks=sinks)
+    expected = launched(arguments, workers=1)
+    assert_accurate(expected, arguments)
+    for workers in WORKERS:
+        assert first_mismatch(launched(arguments, workers), expected) is None, f"{workers} workers"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_a_cache_in_fp8(dtype, workers, generator, monkeypatch):
+    monkeypatch.setattr(module, "SPLIT", 64)
+    cache = Cache(generator, [97, 40], 4, 2, 32, dtype)
+    arguments = cache.arguments({0: (80, 97), 1: (0, 40)})
+    for name in ("k_cache", "v_cache"):
+        arguments[name] = (arguments[name].float() * 8.0).to(torch.float8_e4m3fn)
+    arguments |= {
+        f"{name}_scale": torch.tensor([s], device=generator.device) for name, s in (("k", 0.25), ("v", 0.125))
+    }
+    out = paged_attention(**arguments)
+    assert_accurate(out, arguments)
+    if dtype != torch.bfloat16 or torch.cuda.is_available():  # which the interpreter has not
+        assert_accurate(launched(arguments, workers), arguments)
+    wide = {name: arguments[name].to(dtype) for name in ("k_cache", "v_cache")}
+    assert first_mismatch(paged_attention(**{**arguments, **wide}), out) is None, "the same numbers, stored wider"
+    for name in ("k_scale", "v_scale"):
+        other = paged_attention(**{**arguments, name: None})
+        assert first_mismatch(other, out) is not None, name

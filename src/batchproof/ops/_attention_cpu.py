@@ -43,6 +43,9 @@ def attend_paged(
     window: int,
     softcap: float,
     k_start: torch.Tensor | None,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sequences with equally many queries are computed together: exact sums make the padding of keys harmless.
 
@@ -53,6 +56,8 @@ def attend_paged(
     for i, count in enumerate(cu_seqlens_q.diff().tolist()):
         by_queries.setdefault(count, []).append(i)
     starts = torch.zeros_like(seqused_k) if k_start is None else k_start
+    scale = softmax_scale if k_scale is None else softmax_scale * k_scale.item()
+    out_scale = 1.0 if v_scale is None else v_scale.item()
     for num_queries, members in by_queries.items():
         if num_queries == 0:
             continue
@@ -69,27 +74,30 @@ def attend_paged(
         index = torch.minimum((positions - first).clamp_(min=0), (end - first - 1).clamp_(min=0))
         slots = slots_of(block_table.index_select(0, chosen), index, k_cache)
         keys, values = (
-            c.flatten(0, 1).index_select(0, slots.view(-1)).view(*slots.shape, *c.shape[2:]) for c in (k_cache, v_cache)
+            c.flatten(0, 1)[slots.view(-1)].view(*slots.shape, *c.shape[2:]).to(q.dtype) for c in (k_cache, v_cache)
         )
         at = end - num_queries + torch.arange(num_queries)
         visible = visible_keys(at, positions, causal, window) & exists.unsqueeze(1)
         queries = q.index_select(0, tokens).view(len(members), num_queries, *q.shape[1:])
-        result = _attend_groups(queries, keys, values, visible, softmax_scale, softcap)
+        result = _attend_groups(queries, keys, values, visible, scale, softcap, sinks, out_scale)
         out.index_copy_(0, tokens, result.reshape(-1, *q.shape[1:]))
     return out
 
 
 def _attend_groups(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float
-) -> torch.Tensor:
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float,
+    sinks: torch.Tensor | None, out_scale: float,
+) -> torch.Tensor:  # fmt: skip
     """``_attend_cpu`` for q [B, Q, H, D]: the query heads that share a key head become rows of one product."""
     batch, num_queries, heads, head_dim = q.shape
     kv_heads = keys.shape[2]
     group = heads // kv_heads
     rows = q.view(batch, num_queries, kv_heads, group, head_dim).transpose(1, 2).flatten(2, 3)
-    out = _attend_cpu(rows, keys, values, visible.repeat_interleave(group, 1).unsqueeze(1), scale, softcap)
+    if sinks is not None:  # [kv_heads, rows, 1]
+        sinks = sinks.float().view(kv_heads, 1, group).expand(-1, num_queries, -1).reshape(kv_heads, -1, 1)
+    out = _attend_cpu(rows, keys, values, visible.repeat_interleave(group, 1).unsqueeze(1), scale, softcap, sinks)
     return (
-        _exact.rounded_to(out, q.dtype)
+        _exact.rounded_to(out if out_scale == 1.0 else out * out_scale, q.dtype)
         .view(batch, kv_heads, num_queries, group, head_dim)
         .transpose(1, 2)
         .flatten(2, 3)
@@ -97,9 +105,13 @@ def _attend_groups(
 
 
 def _attend_cpu(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float
-) -> torch.Tensor:
-    """Exact attention of q [B, H, Q, D] over keys and values [B, K, H, D]; ``visible`` [B, 1, Q, K]; float64 out."""
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Exact attention of q [B, H, Q, D] over keys and values [B, K, H, D].
+
+    ``visible`` is [B, 1, Q, K] and ``sinks`` [H, Q, 1]; float64 out.
+    """
     rounded, _, finite = _round_vectors(keys)
     packed = _exact.Packed(rounded.transpose(-1, -2).split(_exact.CHUNK, dim=-2), _exact.bits_for(keys), finite)
     scores = _exact.matmul_packed(q, packed).mul_(scale).float()
@@ -107,8 +119,14 @@ def _attend_cpu(
         scores = softcap * _tanh(scores / softcap)
     scores = scores.masked_fill_(~visible, -math.inf)
     largest = scores.amax(-1, keepdim=True)
-    p = _exact.exp(scores.sub_(largest.masked_fill(largest == -math.inf, 0.0))).double()
-    normaliser = (p / _PROBABILITY_UNIT).round_().sum(-1, keepdim=True) * _PROBABILITY_UNIT
+    if sinks is not None:
+        largest = torch.maximum(largest, sinks)
+    base = largest.masked_fill(largest == -math.inf, 0.0)
+    p = _exact.exp(scores.sub_(base)).double()
+    normaliser = (p / _PROBABILITY_UNIT).round_().sum(-1, keepdim=True)
+    if sinks is not None:
+        normaliser += (_exact.exp(sinks - base).double() / _PROBABILITY_UNIT).round_()
+    normaliser *= _PROBABILITY_UNIT
     # Each key's values are rounded relative to the largest of that key alone: a unit taken over several keys would
     # depend on which keys came along.
     rounded, above, finite = _round_vectors(values)
@@ -117,7 +135,7 @@ def _attend_cpu(
     packed = _exact.Packed(rounded.split(_exact.CHUNK, dim=-2), _exact.bits_for(values), finite=True)
     out = _exact.matmul_packed(p, packed, above.transpose(-1, -2))
     out = out.div_(normaliser.masked_fill_(normaliser == 0.0, 1.0))
-    return out if finite else _with_non_finite(out, p, values.transpose(1, 2).double())
+    return out if finite else _with_non_finite(out, p, visible, values.transpose(1, 2).double())
 
 
 def _round_vectors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -146,13 +164,15 @@ def _scratch_memory(*shape: int) -> torch.Tensor:
     return memory[:size].view(shape)
 
 
-def _with_non_finite(out: torch.Tensor, p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """``out`` where values that are not finite meet a probability above zero: a masked key's never count."""
-    seen = (p > 0.0).double()
-    counts = (
-        _exact.exact_matmul(seen, kind.double()) for kind in (values.isnan(), values == math.inf, values == -math.inf)
-    )
-    nan, plus, minus = (count > 0.0 for count in counts)
+def _with_non_finite(out: torch.Tensor, p: torch.Tensor, visible: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``out`` as if values that are not finite were multiplied by the probabilities of keys that are visible."""
+
+    def any_of(rows: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
+        return _exact.exact_matmul(rows.double(), kind.double()) > 0.0
+
+    seen, visible = p > 0.0, visible.expand_as(p)
+    plus, minus = any_of(seen, values == math.inf), any_of(seen, values == -math.inf)
+    nan = any_of(visible, values.isnan()) | any_of(visible & (p == 0.0), values.isinf())
     out = out.masked_fill(plus, math.inf).masked_fill(minus, -math.inf)
     return out.masked_fill(nan | (plus & minus), math.nan)
 

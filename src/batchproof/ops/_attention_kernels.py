@@ -17,6 +17,8 @@ from ._triton import tl, triton
 
 __all__ = ["attention_kernel", "merge_kernel"]
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def _bounds(cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr, sequence, HAS_START: tl.constexpr):
@@ -89,19 +91,25 @@ def _merge(largest, normaliser, total, right_largest, right_normaliser, right_to
 
 
 @triton.jit
-def _output(normaliser, total):
-    """The weighted mean, zero where nothing is visible; of all NaN one.
+def _output(largest, normaliser, total, sinks_ptr, head, v_scale_ptr):
+    """The weighted mean of values, zero where nothing is visible; of all NaN one.
 
-    ``+ 0.0``: of zeros, masked keys can change the sign.
+    A sink is a score of the row's ``head`` whose value is zero. ``+ 0.0``: of zeros, masked keys can change the sign.
     """
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        one = tl.full(normaliser.shape, 1.0, tl.float32)
+        largest, normaliser, total = _merge(largest, normaliser, total, sink, one, tl.zeros_like(total))
     mean = (total + 0.0) / tl.where(normaliser == 0.0, 1.0, normaliser)[:, None]
+    if v_scale_ptr is not None:
+        mean *= tl.load(v_scale_ptr)
     return tl.where(mean == mean, mean, float("nan"))
 
 
 @triton.jit
 def _walk(
     q, page, at, oldest_at, newest_at, begin, end, key_start, k_ptr, v_ptr, pages_ptr,
-    k_page, k_slot, v_page, v_slot, softmax_scale, softcap, window,
+    k_page, k_slot, v_page, v_slot, score_scale, softcap, window,
     HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, MERGE: tl.constexpr, FINITE: tl.constexpr,
@@ -116,7 +124,6 @@ def _walk(
     for good, seen or not; so if all of it is finite, it has the bits it has without FINITE, where each row gets only
     what it sees. Rows that all see the same keys, [begin, end), need no other way.
     """
-    LOG2_E: tl.constexpr = 1.4426950408889634
     dims = tl.arange(0, HEAD_DIM_PADDED)
     dim_mask = dims < HEAD_DIM
     merged_largest, merged_normaliser, merged_total = _nothing(ROWS, HEAD_DIM_PADDED)
@@ -136,13 +143,13 @@ def _walk(
         slot = (keys - key_start) % PAGE_SIZE
         k_offsets = page[None, :] * k_page + slot[None, :] * k_slot + dims[:, None]
         v_offsets = page[:, None] * v_page + slot[:, None] * v_slot + dims[None, :]
-        k = tl.load(k_ptr + k_offsets, mask=key_mask[None, :] & dim_mask[:, None], other=0.0)
+        k = tl.load(k_ptr + k_offsets, mask=key_mask[None, :] & dim_mask[:, None], other=0.0).to(q.dtype)
         page = _page_of(keys + TILE, begin, end, key_start, pages_ptr, PAGE_SIZE)  # of the next tile
         scores = tl.dot(q, k, input_precision="ieee")
         if HAS_SOFTCAP:
-            scores = _softcap(scores * softmax_scale, softcap) * LOG2_E
+            scores = _softcap(scores * score_scale, softcap) * LOG2_E
         else:
-            scores = scores * (softmax_scale * LOG2_E)
+            scores = scores * (score_scale * LOG2_E)
         edge = (tile < begin) | (tile + TILE > end)  # else all rows see all keys
         if CAUSAL:
             edge |= tile + TILE - 1 > oldest_at
@@ -158,7 +165,7 @@ def _walk(
         weights = probabilities.to(q.dtype)
         # On the tensor core, whose sum has one order in every layout; of what values are multiplied by
         normaliser = normaliser * rescale + tl.max(tl.dot(weights, ones, input_precision="ieee"), axis=1)
-        v = tl.load(v_ptr + v_offsets, mask=key_mask[:, None] & dim_mask[None, :], other=0.0)
+        v = tl.load(v_ptr + v_offsets, mask=key_mask[:, None] & dim_mask[None, :], other=0.0).to(q.dtype)
         total = total * rescale[:, None]
         if FINITE:
             total = tl.dot(weights, v, total, input_precision="ieee")
@@ -204,7 +211,7 @@ def _page_of(keys, begin, end, key_start, pages_ptr, PAGE_SIZE: tl.constexpr):
 )
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, largest_ptr, normaliser_ptr, total_ptr,
-    cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr, block_table_ptr,
+    cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr, block_table_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr,
     num_tokens, table_width, q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row: tl.int64,
     softmax_scale: tl.float32, softcap: tl.float32, window, workers, splits,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -262,6 +269,9 @@ def attention_kernel(
     out_ptrs = out_ptr + row[:, None] * HEAD_DIM + dims[None, :]
     k_ptr += kv_head * k_head
     v_ptr += kv_head * v_head
+    score_scale = softmax_scale
+    if k_scale_ptr is not None:
+        score_scale *= tl.load(k_scale_ptr)
     begin_split = begin // SPLIT
     if not FROM_ZERO:
         first_key = tl.maximum(begin // TILE * TILE, (begin_split + worker) * SPLIT)
@@ -274,18 +284,21 @@ def attention_kernel(
             split_begin, split_end = tl.maximum(begin, split * SPLIT), tl.minimum(end, split * SPLIT + SPLIT)
         largest, normaliser, total = _walk(
             q, page, oldest + token, oldest_at, newest_at, split_begin, split_end, key_start, k_ptr, v_ptr, pages_ptr,
-            k_page, k_slot, v_page, v_slot, softmax_scale, softcap, window, HEAD_DIM, HEAD_DIM_PADDED,
+            k_page, k_slot, v_page, v_slot, score_scale, softcap, window, HEAD_DIM, HEAD_DIM_PADDED,
             ROWS, TILE, SPLIT, PAGE_SIZE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, WALK, True,
         )  # fmt: skip
         if not ONE_TOKEN:  # noqa: SIM102 - decided when the kernel is compiled
             if tl.min(tl.min(_is_finite(total).to(tl.int32), axis=1), axis=0) == 0:
                 total = _walk(
                     q, page, oldest + token, oldest_at, newest_at, split_begin, split_end, key_start, k_ptr, v_ptr,
-                    pages_ptr, k_page, k_slot, v_page, v_slot, softmax_scale, softcap, window, HEAD_DIM,
+                    pages_ptr, k_page, k_slot, v_page, v_slot, score_scale, softcap, window, HEAD_DIM,
                     HEAD_DIM_PADDED, ROWS, TILE, SPLIT, PAGE_SIZE, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, WALK, False,
                 )[2]  # fmt: skip
         if WALK or few:
-            tl.store(out_ptrs, _output(normaliser, total).to(out_ptr.dtype.element_ty), mask=mask)
+            # a padding row takes another's sink
+            known = tl.minimum(head, NUM_HEADS - 1)
+            out = _output(largest, normaliser, total, sinks_ptr, known, v_scale_ptr)
+            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
         else:
             place = row * splits + split - first_split
             tl.store(largest_ptr + place, largest, mask=row_mask)
@@ -296,7 +309,8 @@ def attention_kernel(
 
 @triton.jit(do_not_specialize=["window", "splits"])
 def merge_kernel(
-    largest_ptr, normaliser_ptr, total_ptr, out_ptr, cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr, window, splits,
+    largest_ptr, normaliser_ptr, total_ptr, out_ptr, cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr,
+    sinks_ptr, v_scale_ptr, window, splits,
     TOKENS: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
     SPLIT: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_START: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -334,5 +348,6 @@ def merge_kernel(
         largest, normaliser, total = _merge(
             largest, normaliser, total, tl.load(largest_ptr + place), tl.load(normaliser_ptr + place), split_total
         )
-    out = _output(normaliser, total).to(out_ptr.dtype.element_ty)
+    heads = head + tl.arange(0, 1)
+    out = _output(largest, normaliser, total, sinks_ptr, heads, v_scale_ptr).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * HEAD_DIM + dims, out, mask=dim_mask)

@@ -2,7 +2,8 @@
 
     out[t, h] = sum over visible j of softmax_j(softcap(q[t, h] . k[j, h'] * softmax_scale)) * v[j, h']
 
-for the query token at absolute position p of its sequence; visible are j <= p (causal) and j > p - window.
+for the query token at absolute position p of its sequence; visible are j <= p (causal) and j > p - window. A head's
+sink, if it has one, is one more score of the softmax, of a value that is zero. Keys and values in fp8 have a scale.
 
 Invariance: keys are cut in splits of SPLIT, and those in tiles of TILE, at absolute positions of their own sequence.
 An online softmax in fp32 takes a split's tiles in ascending order, from nothing; the splits' results are merged in
@@ -30,7 +31,7 @@ from ..registry import OpSpec, register_spec
 from ._attention_cpu import attend_paged, slots_of, visible_keys
 from ._attention_kernels import attention_kernel, merge_kernel
 from ._hopper import is_hopper, processors
-from ._library import check_dtype, check_same, register_op, require_no_grad
+from ._library import FLOAT_DTYPES, check_dtype, check_same, register_op, require_no_grad
 from ._row_launch import dependent_launch
 from ._triton import device_guard, triton
 
@@ -87,6 +88,9 @@ def paged_attention_reference(
     window: int = 0,
     softcap: float = 0.0,
     k_start: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The formula in float64, one sequence at a time."""
     out = torch.zeros_like(q)
@@ -99,12 +103,17 @@ def paged_attention_reference(
         positions = index + (0 if k_start is None else k_start[i])
         keys, values = (c.flatten(0, 1)[slots].double().repeat_interleave(group, 1) for c in (k_cache, v_cache))
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * softmax_scale
+        scores = scores if k_scale is None else scores * k_scale.double()
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         at = positions[num_keys - queries.shape[0] :]
         scores = scores.masked_fill(~visible_keys(at, positions, causal, window), -math.inf)
-        probabilities = scores.softmax(-1).nan_to_num(0.0)
-        out[bounds[i] : bounds[i + 1]] = torch.einsum("hqk,khd->qhd", probabilities, values).to(q.dtype)
+        if sinks is not None:
+            sink = sinks.double().view(-1, 1, 1).expand(-1, scores.shape[1], 1)
+            scores = torch.cat([scores, sink], -1)
+        probabilities = scores.softmax(-1).nan_to_num(0.0)[..., :num_keys]
+        means = torch.einsum("hqk,khd->qhd", probabilities, values)
+        out[bounds[i] : bounds[i + 1]] = (means if v_scale is None else means * v_scale.double()).to(q.dtype)
     return out
 
 
@@ -142,7 +151,10 @@ def launch(
     causal: bool,
     window: int,
     softcap: float,
-    k_start: torch.Tensor | None,
+    k_start: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     workers: int | None = None,
     block: Block | None = None,
     out: torch.Tensor | None = None,
@@ -159,6 +171,7 @@ def launch(
         t if t.stride(-1) == 1 else t.contiguous() for t in (q, k_cache, v_cache, block_table)
     )
     k_start = None if k_start is None else k_start.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     sequences = (cu_seqlens_q.contiguous(), seqused_k.contiguous(), k_start)
     num_tokens, num_heads, head_dim = q.shape
     group = triton.next_power_of_2(num_heads // kv_heads)
@@ -187,16 +200,16 @@ def launch(
     }  # fmt: skip
     with device_guard(q):
         attention_kernel[(*grid[:2], grid[2] * workers)](
-            q, k_cache, v_cache, out, *parts, *sequences, block_table, num_tokens, block_table.shape[1],
-            *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
-            softmax_scale, softcap, window, workers, splits,
+            q, k_cache, v_cache, out, *parts, *sequences, block_table, sinks, k_scale, v_scale,
+            num_tokens, block_table.shape[1], *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+            block_table.stride(0), softmax_scale, softcap, window, workers, splits,
             GROUP=num_heads // kv_heads, GROUP_PADDED=group, ROWS=chosen.rows, TILE=TILE, PAGE_SIZE=k_cache.shape[1],
             WALK=workers == 1, HAS_SOFTCAP=softcap > 0.0, ONE_TOKEN=one_token,
             num_warps=chosen.warps, num_stages=chosen.stages, **constants,
         )  # fmt: skip
         if workers > 1:
             merge_kernel[(num_sequences, num_heads, max_seqlen_q)](
-                *parts, out, *sequences, window, splits,
+                *parts, out, *sequences, sinks, v_scale, window, splits,
                 TOKENS=tokens, STAGES=MERGE_STAGES, num_warps=1, **constants,
             )  # fmt: skip
     return out
@@ -231,16 +244,23 @@ def _validate(
     window: int,
     softcap: float,
     k_start: torch.Tensor | None,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     op = "paged_attention"
     check_dtype(op, "q", q)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_same(op, name, cache, "q", q)
+        if cache.dtype != torch.float8_e4m3fn:
+            check_same(op, name, cache, "q", q)
+        elif cache.device != q.device:
+            raise DeviceError(f"{op}: {name} is on {cache.device}, want {q.device} where q is")
         if q.dim() != 3 or cache.dim() != 4 or cache.shape[3] != q.shape[2] or q.shape[1] % cache.shape[2]:
             raise ShapeError(
                 f"{op}: q has shape {tuple(q.shape)} and {name} {tuple(cache.shape)}, want [num_tokens, num_heads, "
                 "head_dim] and [num_pages, page_size, num_kv_heads, head_dim] with num_heads a multiple of num_kv_heads"
             )
+    check_same(op, "v_cache", v_cache, "k_cache", k_cache)
     if v_cache.shape != k_cache.shape:
         raise ShapeError(f"{op}: v_cache has shape {tuple(v_cache.shape)}, want {tuple(k_cache.shape)} as k_cache has")
     indices = {"cu_seqlens_q": cu_seqlens_q, "seqused_k": seqused_k, "block_table": block_table, "k_start": k_start}
@@ -250,6 +270,14 @@ def _validate(
         check_dtype(op, name, index, (torch.int32, torch.int64))
         if index.device != q.device:
             raise DeviceError(f"{op}: {name} is on {index.device}, want {q.device} where q is")
+    for name, numbers, size in (("sinks", sinks, q.shape[1]), ("k_scale", k_scale, 1), ("v_scale", v_scale, 1)):
+        if numbers is None:
+            continue
+        check_dtype(op, name, numbers, FLOAT_DTYPES if name == "sinks" else (torch.float32,))
+        if numbers.shape != (size,):
+            raise ShapeError(f"{op}: {name} has shape {tuple(numbers.shape)}, want ({size},)")
+        if numbers.device != q.device:
+            raise DeviceError(f"{op}: {name} is on {numbers.device}, want {q.device} where q is")
     sequences = seqused_k.shape[0]
     if k_start is not None and k_start.shape != (sequences,):
         raise ShapeError(f"{op}: k_start has shape {tuple(k_start.shape)}, want ({sequences},)")
@@ -268,7 +296,7 @@ def _validate(
 _paged_attention = register_op(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqused_k, "
     "Tensor block_table, SymInt max_seqlen_q, float softmax_scale, bool causal, int window, float softcap, "
-    "Tensor? k_start) -> Tensor",
+    "Tensor? k_start, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
     cpu=_paged_attention_cpu,
     cuda=_paged_attention_cuda,
     fake=_paged_attention_fake,
@@ -288,12 +316,15 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     k_start: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of ragged queries over keys and values in pages.
 
     Args:
         q: [num_tokens, num_heads, head_dim], fp32, fp16 or bf16; the sequences' new tokens, one after another.
-        k_cache: [num_pages, page_size, num_kv_heads, head_dim] of q's dtype, the new tokens' keys included.
+        k_cache: [num_pages, page_size, num_kv_heads, head_dim], q's dtype or fp8 e4m3, the new tokens' keys included.
         v_cache: the values, as k_cache.
         cu_seqlens_q: [num_sequences + 1], int32 or int64: where each sequence's queries begin and end.
         seqused_k: [num_sequences]: keys of each sequence; its queries are the last of these positions.
@@ -305,6 +336,9 @@ def paged_attention(
         softcap: cap * tanh(score / cap) if not 0 (Gemma-2).
         k_start: [num_sequences]: the absolute position of each block table's first key, where a sliding window has
             let go of the older ones; None for 0.
+        sinks: [num_heads], fp32, fp16 or bf16: a score of each head for no key (GPT-OSS); None for none.
+        k_scale: [1], fp32: what keys in fp8 are to be multiplied by; None for 1.
+        v_scale: [1], fp32, as k_scale for values.
 
     Returns:
         [num_tokens, num_heads, head_dim], contiguous; zero for a query that sees no key.
@@ -329,6 +363,9 @@ def paged_attention(
         window,
         softcap,
         k_start,
+        sinks,
+        k_scale,
+        v_scale,
     )
     return result
 

@@ -20,7 +20,6 @@ NEUTRAL: dict[str, Any] = {
     "alibi_slopes": None,
     "output_scale": None,
     "qq_bias": None,
-    "sinks": None,
     "mm_prefix_range": None,
     "rswa_prefix_lens": None,
     "rswa_window": None,
@@ -66,7 +65,7 @@ def attention_over_ours(original: Callable[..., None], is_ours: Callable[[], boo
             window = window_size[0] + 1 if window_size[0] >= 0 else 0
             launch(
                 q, k, v, cu_seqlens_q, seqused_k, block_table, max_seqlen_q, softmax_scale, causal, window, softcap,
-                None, out=out,
+                None, others.get("sinks"), out=out,
             )  # fmt: skip
             return
         _say_that_it_stays_vllms(reason)

@@ -295,7 +295,7 @@ def _probe_attention() -> str | None:
     found = inspect.signature(module.unified_attention).parameters
     if list(found)[: len(_ATTENDS)] != _ATTENDS:
         return f"unified_attention begins with {list(found)[: len(_ATTENDS)]}, want {_ATTENDS}"
-    absent_too = [name for name in NEUTRAL if name not in found]
+    absent_too = [name for name in (*NEUTRAL, "sinks") if name not in found]
     builder = inspect.signature(module.TritonAttentionMetadataBuilder.__init__).parameters
     if absent_too or "vllm_config" not in builder:
         return f"unified_attention has no {', '.join(absent_too)}" if absent_too else "its builder takes no vllm_config"
