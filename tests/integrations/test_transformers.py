@@ -329,3 +329,19 @@ def test_padding_does_not_move_a_sequence_off_its_absolute_positions(side, expli
     k_start = seen["k_start"]
     assert k_start is None or k_start.tolist() == [0, 0]
     assert seen["seqused_k"].tolist() == [3, 5]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks_are_those_of_gpt_oss(dtype):
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 16, generator=generator).to(dtype) for heads in (4, 2, 2))
+    sinks = torch.tensor([-1.0, 0.5, 3.0, 20.0], dtype=dtype)
+    module = SimpleNamespace(sinks=sinks, num_key_value_groups=2, training=False, is_causal=True)
+    hidden = torch.full((9, 9), torch.finfo(dtype).min, dtype=dtype).triu(1)
+    expected, _ = eager_attention_forward(module, q, k, v, hidden, 0.25)
+    out, _ = attention._padded_attention(module, q, k, v, None, scaling=0.25, s_aux=sinks)
+    torch.testing.assert_close(out, expected, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=0.02)
+    alone, _ = attention._padded_attention(module, q[1:, :, -1:], k[1:], v[1:], None, scaling=0.25, s_aux=sinks)
+    assert first_mismatch(alone[0], out[1, -1:]) is None

@@ -349,7 +349,7 @@ def paged_attention(
         ShapeError, DtypeError, DeviceError, ArgumentError: before anything is computed.
         UnsupportedError: autograd would record the call.
     """
-    require_no_grad("paged_attention", q, k_cache, v_cache)
+    require_no_grad("paged_attention", q, k_cache, v_cache, sinks)
     result: torch.Tensor = _paged_attention(
         q,
         k_cache,

@@ -29,11 +29,9 @@ def register_attention() -> None:
     AttentionInterface.register(f"paged|{NAME}", _paged_attention)
 
 
-def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse(dropout: float) -> None:
     if dropout:
         raise UnsupportedError(f"attention dropout is {dropout}, want 0: call model.eval()")
-    if kwargs.get("s_aux") is not None:
-        raise UnsupportedError("attention sinks have no batch-invariant form yet")
 
 
 def _padded_attention(
@@ -50,7 +48,7 @@ def _padded_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """For query [B, H, Q, D], key and value [B, Hkv, K, D]: ([B, Q, H, D], None), zero where the query is padding."""
-    _refuse(dropout, kwargs)
+    _refuse(dropout)
     batch, heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
     keep, first, lengths = _real_tokens(attention_mask, batch, num_keys, query.device)
@@ -76,6 +74,7 @@ def _padded_attention(
         window=sliding_window or 0,
         softcap=softcap or 0.0,
         k_start=k_start,
+        sinks=kwargs.get("s_aux"),
     )
     if keep is None:
         return out.view(batch, num_queries, heads, head_dim), None
@@ -125,7 +124,7 @@ def _paged_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """For query [1, H, tokens, D], key and value [1, Hkv, tokens, D] of the new tokens: ([1, tokens, H, D], None)."""
-    _refuse(dropout, kwargs)
+    _refuse(dropout)
     layer: int = module.layer_idx  # type: ignore[assignment]
     window = cache.sliding_windows[layer]  # 1 stands for full attention
     if isinstance(cu_seq_lens_k, dict):
@@ -152,5 +151,6 @@ def _paged_attention(
         window=0 if window == 1 else window,
         softcap=softcap or 0.0,
         k_start=k_start,
+        sinks=kwargs.get("s_aux"),
     )
     return out.unsqueeze(0), None
