@@ -24,6 +24,7 @@ BAR_COLORS = {
     "c": "#6f93cf",
     "d": "#3d69b3",
     "f": OUR_COLOR,
+    "g": "#062558",
     "e": "0.7",
 }
 TITLES = {"original": "here, the same flags", "default": "here, vLLM's default flags"}

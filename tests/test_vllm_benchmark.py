@@ -140,7 +140,7 @@ def test_engines_that_fail_later_are_missing_and_stop_nobody(fake, tmp_path):
     assert rows["c"]["missing"] == rows["b"]["missing"] == "planted"
     assert rows["a"]["median_s"] is rows["c"]["median_s"] is None
     assert rows["b"]["median_s"] == rows["d"]["median_s"] == 2.0, "a failed profile leaves the times"
-    assert [entry["variant"] for entry in result["kernels"]] == ["d", "f", "e"]
+    assert [entry["variant"] for entry in result["kernels"]] == ["d", "f", "g", "e"]
     assert (tmp_path / "order").read_text().count("measure a") == 1
 
 
