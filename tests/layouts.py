@@ -21,10 +21,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from batchproof.ops import _rms_norm_quant_kernel as quant
-from batchproof.ops import layer_norm
+from batchproof.ops import layer_norm, softmax
 from batchproof.ops import rms_norm as norm
 from batchproof.ops import rms_norm_gated as gated
 from batchproof.ops._row_launch import RowPlan, row_plan
+from batchproof.ops._rows import MAX_BLOCK, NUM_WARPS
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 Bases = list[list[int]]
@@ -35,7 +36,7 @@ def compiled(kernel: Any, pointers: dict[str, str | None], constants: dict[str, 
     constants = constants | {name: None for name, kind in pointers.items() if kind is None}
     types = {name: f"*{kind}" for name, kind in pointers.items()}
     types |= {name: "i64" for name in kernel.arg_names if name.endswith(("_outer", "_inner"))}
-    types |= {"num_rows": "i32", "num_inner": "i32", "eps": "fp64"}
+    types |= {"num_rows": "i32", "num_inner": "i32", "eps": "fp64", "num_vectors": "i64"}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name].startswith("*")}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
@@ -118,8 +119,25 @@ def forms(kind: str, plan: RowPlan) -> Iterator[Form]:
         yield name, "gated", gated._rms_norm_gated_kernel, gate, (first, 1, True, True)
 
 
+def softmaxes() -> dict[str, Any]:
+    """Softmax over rows wider than a block, which is walked, or shared out."""
+    found = {}
+    for dtype, kind in TYPES.items():
+        for vec in (16 // dtype.itemsize, 1):
+            constants = {"BLOCK": MAX_BLOCK, "VEC": vec}
+            row = constants | {"ONE_BLOCK": False, "LOG": True}
+            walked = compiled(softmax._row_kernel, dict.fromkeys(("x_ptr", "out_ptr"), kind), row, NUM_WARPS[-1][1])
+            pointers: dict[str, str | None] = {"x_ptr": kind, "peaks_ptr": "fp32", "totals_ptr": "fp32"}
+            shared = compiled(softmax._parts_kernel, pointers, constants | {"PDL": True}, NUM_WARPS[-1][1])
+            found |= {f"softmax, {kind}, {vec}, {name}": sums(b) for name, b in (("walk", walked), ("share", shared))}
+    return found
+
+
 def main(widths: list[int]) -> None:
-    """Every variant of every kernel of these widths."""
+    """Every variant of every kernel of these widths; softmax if there are none."""
+    if not widths:
+        print(json.dumps(softmaxes()))
+        return
     found = {}
     for width in widths:
         for dtype in (torch.bfloat16, torch.float32) if width == 4096 else (torch.bfloat16,):

@@ -92,3 +92,11 @@ def test_kinds_of_a_width_share_the_tree():
             assert len({(plan.vec, plan.align, plan.rows, plan.accumulator) for plan in plans}) == 1
             if plans[0].align == 1:
                 assert len({plan.variants for plan in plans}) == 1, "unaligned rows have one launch, and so one tree"
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA GPUs")
+def test_a_block_of_softmax_is_summed_by_one_tree_whoever_does_it():
+    found = layouts(())
+    pairs = [(entry, found[name.replace("walk", "share")]) for name, entry in found.items() if name.endswith("walk")]
+    assert len(pairs) == 6
+    assert all(walk == share and len(walk) == 1 for walk, share in pairs)

@@ -227,3 +227,42 @@ def test_kernel_rows_without_a_softmax(device):
     module.launch(x, out, False)
     assert out[1:4].isnan().all()
     assert_accurate(softmax, x[::4], out[::4], softmax_reference(x[::4]))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("width", [8192, 8193, 8200, 40000])  # a block; unaligned; aligned; five
+@pytest.mark.parametrize(("op", "reference"), OPS)
+def test_who_has_a_block_leaves_the_bits_alone(op, reference, width, dtype, generator):
+    if dtype == torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("the interpreter has no bf16")
+    x = randn(generator, 5, width, dtype=dtype)
+    x[1] *= 2.0 ** torch.randint(-12, 4, (width,), generator=generator, device=x.device)
+    x[2, : width // 2], x[3, width // 2 :] = -INF, -INF  # whole blocks of nothing
+    x[4, width - 1] = 60.0
+    walked, shared = (torch.full_like(x, NAN) for _ in range(2))
+    module.launch(x, walked, op is log_softmax, shared=False)
+    module.launch(x, shared, op is log_softmax, shared=True)
+    assert_accurate(op, x, walked, reference(x))
+    assert first_mismatch(shared, walked) is None
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("shared", [True, False])
+def test_wide_rows_without_a_softmax_are_nan_and_alone_in_it(shared, generator):
+    x = randn(generator, 5, 9000)
+    expected = torch.empty_like(x)
+    module.launch(x, expected, True)
+    x[1, 8999], x[2, 5], x[3] = NAN, INF, -INF
+    out = torch.empty_like(x)
+    module.launch(x, out, True, shared=shared)
+    assert out[1:4].isnan().all()
+    assert first_mismatch(out[::4], expected[::4]) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_a_row_of_many_has_the_bits_of_one_alone(dtype, generator):
+    x = randn(generator, 700, 32000, dtype=dtype)
+    whole = log_softmax(x)
+    for rows in (1, 8, 263, 264, 265):
+        assert first_mismatch(log_softmax(x[-rows:]), whole[-rows:]) is None, f"{rows} rows"

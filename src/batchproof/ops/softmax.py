@@ -3,14 +3,16 @@
     softmax(x)     = exp(x - max(x)) / sum(exp(x - max(x)))
     log_softmax(x) = x - max(x) - log(sum(exp(x - max(x))))
 
-Invariance: on a GPU one program reduces one row. The maximum has no order. The sum is taken element by element over
-blocks of BLOCK columns, in ascending order, and then by the tree that ``tl.sum`` compiles to for BLOCK elements and
-the warps of ``_rows.NUM_WARPS``: both are functions of (row width N, dtypes) alone. The kernel only ever sees packed
-rows from a 16-byte aligned base, so the alignment it is compiled for is a function of N as well; N is not
-specialised on, and contraction into FMA is off. On the CPU the sum is exact within chunks of fixed size, and exp and
-log are made of IEEE operations (see ``_exact``).
+Invariance: on a GPU a row is cut in blocks of BLOCK columns. A block gives its largest element and the sum of its
+exponentials, by the tree that ``tl.sum`` compiles to for BLOCK elements and the warps of ``_rows.NUM_WARPS``; blocks
+are added up in ascending order, each brought to the largest element so far. All of it is a function of (row width N,
+dtypes) alone. Who does it is not: the blocks of few wide rows are shared out to programs of their own, or few programs
+would read with the GPU idle; one program walks a row where there are many. The kernels only ever see packed rows from a
+16-byte aligned base, so the alignment they are compiled for is a function of N as well; N is not specialised on, and
+contraction into FMA is off. On the CPU the sum is exact within chunks of fixed size, and exp and log are made of IEEE
+operations (see ``_exact``).
 
-Source: the three passes of Milakov and Gimelshein, Online normalizer calculation for softmax, 2018, section 2.
+Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018, section 3.
 """
 
 from __future__ import annotations
@@ -22,11 +24,16 @@ import torch
 
 from ..registry import OpSpec, register_spec
 from . import _exact
+from ._hopper import processors
 from ._library import register_op, require_no_grad
+from ._row_launch import dependent_launch
+from ._row_tree import launch_dependents, wait_for_inputs
 from ._rows import block_and_warps, cast_first, normalise_dim, packed, vector_width
 from ._triton import device_guard, tl, triton
 
 __all__ = ["log_softmax", "log_softmax_reference", "softmax", "softmax_reference"]
+
+FULL = 2  # rows for each of a GPU's multiprocessors: with fewer, those wider than a block are shared out
 
 
 def softmax_reference(x: torch.Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -51,12 +58,39 @@ def _result(shifted, total, LOG: tl.constexpr):
     return y
 
 
+@triton.jit
+def _part(value):
+    """The largest element of a block, and the sum of the exponentials of what lies below it."""
+    peak = tl.max(value, axis=0)
+    return peak, tl.sum(tl.exp(value - _base(peak)), axis=0)
+
+
+@triton.jit
+def _base(peak):
+    """What to subtract: the largest element, and 0 where all are -inf."""
+    return tl.where(peak == -float("inf"), 0.0, peak)
+
+
+@triton.jit
+def _add_part(peak, total, right_peak, right_total):
+    """Two parts of a row as one."""
+    new_peak = tl.maximum(peak, right_peak)
+    base = _base(new_peak)
+    return new_peak, total * tl.exp(peak - base) + right_total * tl.exp(right_peak - base)
+
+
+@triton.jit
+def _block_of(x_ptr, columns, width):
+    """Elements of a row in fp32, -inf past its end."""
+    return tl.load(x_ptr + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["num_vectors"])
-def _softmax_kernel(
+def _row_kernel(
     x_ptr, out_ptr, num_vectors: tl.int64,
     BLOCK: tl.constexpr, VEC: tl.constexpr, ONE_BLOCK: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
-    """One packed row of num_vectors * VEC elements; one that fits BLOCK is read once, any other three times."""
+    """One packed row of num_vectors * VEC elements; one that fits BLOCK is read once, any other twice."""
     width = num_vectors * VEC
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * width
@@ -65,47 +99,82 @@ def _softmax_kernel(
     lanes = tl.arange(0, BLOCK)
 
     if ONE_BLOCK:
-        mask = lanes < width
-        value = tl.load(x_ptr + lanes, mask=mask, other=-float("inf")).to(tl.float32)
-        shifted = value - tl.max(value, axis=0)
-        total = tl.sum(tl.exp(shifted), axis=0)
-        tl.store(out_ptr + lanes, _result(shifted, total, LOG).to(dtype), mask=mask)
+        value = _block_of(x_ptr, lanes, width)
+        peak, total = _part(value)
+        tl.store(out_ptr + lanes, _result(value - peak, total, LOG).to(dtype), mask=lanes < width)
     else:
-        largest = tl.full([BLOCK], -float("inf"), dtype=tl.float32)
+        peak = -float("inf")
+        total = 0.0
+        for start in range(0, width, BLOCK):
+            block_peak, block_total = _part(_block_of(x_ptr, start + lanes, width))
+            peak, total = _add_part(peak, total, block_peak, block_total)
         for start in range(0, width, BLOCK):
             columns = start + lanes
-            value = tl.load(x_ptr + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
-            largest = tl.maximum(largest, value)
-        peak = tl.max(largest, axis=0)
-
-        powers = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in range(0, width, BLOCK):
-            columns = start + lanes
-            value = tl.load(x_ptr + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
-            powers += tl.exp(value - peak)
-        total = tl.sum(powers, axis=0)
-
-        for start in range(0, width, BLOCK):
-            columns = start + lanes
-            mask = columns < width
-            value = tl.load(x_ptr + columns, mask=mask, other=-float("inf")).to(tl.float32)
-            tl.store(out_ptr + columns, _result(value - peak, total, LOG).to(dtype), mask=mask)
+            value = _block_of(x_ptr, columns, width)
+            tl.store(out_ptr + columns, _result(value - peak, total, LOG).to(dtype), mask=columns < width)
 
 
-def launch(rows: torch.Tensor, out: torch.Tensor, log: bool) -> None:
-    """Run the kernel on ``rows`` [num_rows, N]; ``out`` is new, packed, of that shape."""
+@triton.jit(do_not_specialize=["num_vectors"])
+def _parts_kernel(
+    x_ptr, peaks_ptr, totals_ptr, num_vectors: tl.int64, BLOCK: tl.constexpr, VEC: tl.constexpr, PDL: tl.constexpr
+):
+    """Block program_id(1) of row program_id(0): its part, to ``peaks`` and ``totals`` [num_rows, blocks], fp32."""
+    wait_for_inputs(PDL)
+    launch_dependents(PDL)
+    width = num_vectors * VEC
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    peak, total = _part(_block_of(x_ptr + row * width, block * BLOCK + tl.arange(0, BLOCK), width))
+    place = row * tl.num_programs(1) + block
+    tl.store(peaks_ptr + place, peak)
+    tl.store(totals_ptr + place, total)
+
+
+@triton.jit(do_not_specialize=["num_vectors"])
+def _output_kernel(
+    x_ptr, peaks_ptr, totals_ptr, out_ptr, num_vectors: tl.int64,
+    BLOCK: tl.constexpr, VEC: tl.constexpr, LOG: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Block program_id(1) of row program_id(0): the row's parts added up, then the block's output."""
+    wait_for_inputs(PDL)
+    launch_dependents(PDL)
+    width = num_vectors * VEC
+    row, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(1)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = _block_of(x_ptr + row * width, columns, width)
+    peak = -float("inf")
+    total = 0.0
+    for block in range(blocks):
+        place = row * blocks + block
+        peak, total = _add_part(peak, total, tl.load(peaks_ptr + place), tl.load(totals_ptr + place))
+    result = _result(value - peak, total, LOG).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * width + columns, result, mask=columns < width)
+
+
+def launch(rows: torch.Tensor, out: torch.Tensor, log: bool, shared: bool | None = None) -> None:
+    """Run the kernels on ``rows`` [num_rows, N]; ``out`` is new, packed, of that shape.
+
+    ``shared``: whether the blocks of a row are shared out; None: where that fills the GPU better. No bit depends on it.
+    """
     if rows.numel() == 0:
         return
     rows = packed(rows)
     num_rows, width = rows.shape
     block, warps = block_and_warps(width)
     vec = vector_width(rows)
+    blocks = triton.cdiv(width, block)
+    options: dict[str, Any] = {"BLOCK": block, "VEC": vec, "num_warps": warps, "enable_fp_fusion": False}
+    if shared is None:
+        shared = num_rows < FULL * (processors(rows.device) if rows.is_cuda else 1)
     with device_guard(rows):
-        _softmax_kernel[(num_rows,)](
-            rows, out, width // vec,
-            BLOCK=block, VEC=vec, ONE_BLOCK=width <= block, LOG=log,
-            num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+        if not shared or blocks == 1:
+            _row_kernel[(num_rows,)](rows, out, width // vec, ONE_BLOCK=blocks == 1, LOG=log, **options)
+            return
+        options["PDL"] = rows.is_cuda and dependent_launch(rows.get_device())
+        if options["PDL"]:
+            options["launch_pdl"] = True
+        parts = rows.new_empty((2, num_rows, blocks), dtype=torch.float32)
+        _parts_kernel[(num_rows, blocks)](rows, parts[0], parts[1], width // vec, **options)
+        _output_kernel[(num_rows, blocks)](rows, parts[0], parts[1], out, width // vec, LOG=log, **options)
 
 
 def _softmax_rows_cpu(rows: torch.Tensor, log: bool, dtype: torch.dtype) -> torch.Tensor:
