@@ -1,0 +1,162 @@
+"""Softmax and its logarithm over vocabularies, as sampling and logprobs need them, against other libraries'.
+
+Rows are read from memory: the sets a graph goes over exceed the L2 cache twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import batchproof
+import timing
+from batchproof.numerics import first_mismatch
+from batchproof.registry import get_spec
+from errors import Refused
+from tables import OURS, best_peer
+
+Rows = Callable[[torch.Tensor], torch.Tensor]
+
+SOFTMAXES = ("log_softmax", "softmax")
+WIDTHS = (32000, 128256, 151936, 256000)
+ROWS = (1, 8, 64, 256, 2048)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROUNDS = 10
+ERROR = 0.01  # of the largest result: a peer that is further off computes something else
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that narrow the benchmark."""
+    several: dict[str, Any] = {"nargs": "+", "metavar": "N", "type": int}
+    parser.add_argument(
+        "--ops", nargs="+", choices=SOFTMAXES, default=list(SOFTMAXES), metavar="OP", help=", ".join(SOFTMAXES)
+    )
+    parser.add_argument("--widths", default=list(WIDTHS), help="sizes of vocabularies", **several)
+    parser.add_argument("--rows", default=list(ROWS), help="rows of a batch", **several)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Gate and race every batch; the result file's contents."""
+    device = "cuda" if timing.has_gpu() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    rows = []
+    with timing.side_stream(), torch.no_grad():
+        copy_gbps = timing.copy_gbps()
+        cases = [(op, dtype, width) for op in options.ops for dtype in options.dtypes for width in options.widths]
+        for op, dtype, width in tqdm(cases, "race", unit="vocabulary"):
+            peers, missing = contenders(op)
+            _gate(op, dtype, width, max(options.rows), generator)
+            for count in options.rows:
+                rows.append(_race(op, dtype, width, count, peers, missing, copy_gbps, options.rounds, generator))
+    result = {"how": __doc__, "copy_gbps": round(copy_gbps, 1), "rounds": options.rounds, "rows": rows}
+    print(full(result))
+    return result
+
+
+def contenders(op: str) -> tuple[dict[str, Rows], dict[str, str]]:
+    """The peers, and why those that are missing are."""
+    log = op == "log_softmax"
+    stock = torch.log_softmax if log else torch.softmax
+    loaders: dict[str, Callable[[], Rows]] = {
+        "torch": lambda: lambda x: stock(x, -1),
+        "torch.compile": lambda: _compiled(stock),
+        "vLLM batch-invariant": lambda: _vllm("log_softmax" if log else "softmax_batch_invariant"),
+    }
+    if not log:
+        loaders["FlashInfer"] = lambda: importlib.import_module("flashinfer.sampling").softmax
+    found: dict[str, Rows] = {}
+    missing: dict[str, str] = {}
+    for name, load in loaders.items():
+        try:
+            found[name] = load()
+        except Exception as error:
+            missing[name] = timing.reason(error)
+    return found, missing
+
+
+def _compiled(stock: Callable[..., torch.Tensor]) -> Rows:
+    torch._dynamo.config.recompile_limit = 1000  # past it torch.compile runs eagerly without a word
+    return torch.compile(lambda x: stock(x, -1), fullgraph=True, dynamic=False)  # type: ignore[no-any-return]
+
+
+def _vllm(name: str) -> Rows:
+    function = getattr(importlib.import_module("vllm.model_executor.layers.batch_invariant"), name)
+    return lambda x: function(x, -1)
+
+
+def _logits(dtype: str, rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(rows, width, generator=generator, device=generator.device).mul_(4.0).to(DTYPES[dtype])
+
+
+def _gate(op: str, dtype: str, width: int, most: int, generator: torch.Generator) -> None:
+    """Ours has one result for a row whatever the batch, near the reference; otherwise nothing is timed."""
+    x, ours = _logits(dtype, most, width, generator), getattr(batchproof, op)
+    whole = ours(x)
+    error = _distance(whole[:8], get_spec(op).reference(x[:8]))
+    if not error < ERROR:
+        raise Refused(f"{op} {dtype} {width}: ours is off by {error:.2g} of the largest")
+    for rows in (size for size in (1, 2, 7, 8, 33, 257, 1024) if size < most):
+        for some in (slice(0, rows), slice(most - rows, most)):
+            differs = first_mismatch(ours(x[some]), whole[some])
+            if differs:
+                raise Refused(f"{op} {dtype} {width}: rows {some} of {most} in a batch of {rows}: {differs}")
+
+
+def _race(
+    op: str, dtype: str, width: int, count: int, peers: Mapping[str, Rows], missing: Mapping[str, str],
+    copy_gbps: float, rounds: int, generator: torch.Generator,
+) -> dict[str, Any]:  # fmt: skip
+    """Time every contender on one batch; its row."""
+    moved = 2 * count * width * DTYPES[dtype].itemsize
+    timing.release_memory()
+    sets = [_logits(dtype, count, width, generator) for _ in range(timing.rotations(moved, timing.l2_bytes())["cold"])]
+    wanted = get_spec(op).reference(sets[0][:8])
+    good, failed = {OURS: getattr(batchproof, op)}, dict(missing)
+    for name, peer in peers.items():
+        try:
+            error = _distance(peer(sets[0])[:8], wanted)
+        except Exception as raised:
+            failed[name] = timing.reason(raised)
+            continue
+        if error < ERROR:
+            good[name] = peer
+        else:
+            failed[name] = f"its result is off by {error:.2g} of the largest"
+    prepared = {name: partial(partial, function) for name, function in good.items()}
+    times, more = timing.race(prepared, sets, timing.passes(len(sets), moved), rounds)
+    return {
+        "op": op, "dtype": dtype, "width": width, "rows": count, "sets": len(sets),
+        "floor_us": round(moved / copy_gbps / 1e3, 3), "missing": failed | more, "times": times,
+    }  # fmt: skip
+
+
+def _distance(out: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((out.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+
+
+def full(result: Mapping[str, Any]) -> str:
+    """A Markdown table for each op and dtype."""
+    parts = []
+    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["op"], row["dtype"]) == (op, dtype)]
+        names = list(dict.fromkeys(name for row in rows for name in row["times"]))
+        titles = ["batchproof" if name == OURS else name for name in names]
+        parts += [f"**`{op}`, {dtype}**", "", f"| rows x width | floor | {' | '.join(titles)} | best peer | ratio |"]
+        parts.append("|---" * (len(names) + 4) + "|")
+        for row in rows:
+            times = row["times"]
+            cells = [f"{times[name]['median_us']:.2f}" if name in times else "-" for name in names]
+            best = best_peer(times)
+            ratio = f"{best[0]} | {times[OURS]['median_us'] / best[1]:.2f}" if best else " | "
+            shape = f"{row['rows']} x {row['width']}"
+            parts.append(f"| {shape} | {row['floor_us']:.2f} | {' | '.join(cells)} | {ratio} |")
+        parts.append("")
+    return "\n".join(parts).rstrip()
