@@ -186,7 +186,8 @@ def launch(
     if workers is None:
         scratch = 4 * num_tokens * num_heads * splits * (head_dim + 2)
         workers = workers_for(math.prod(grid), splits, scratch, multiprocessors)
-    if block is None and chosen is DECODE and math.prod(grid) * workers >= MANY * multiprocessors:
+    # Without workers, of which a launch has as many as the block table has room for splits: most may find no key
+    if block is None and chosen is DECODE and math.prod(grid) >= MANY * multiprocessors:
         chosen = DECODES
     parts: list[torch.Tensor | None] = [None] * 3  # largest scores, normalisers, totals
     if workers > 1:
