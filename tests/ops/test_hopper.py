@@ -23,11 +23,14 @@ FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
         (128, 6144, Shape(2, 64)),
         (256, 4096, Shape(2, 64)),
         (256, 28672, Shape(2, 128)),
-        (65536, 64, Shape(2, 128)),
+        (65536, 64, Shape(2, 64)),  # of tiles of 128 half would be wasted
+        (64, 5120, Shape(1, 64, False, 12, 1)),  # 80 tiles: of 160 narrower ones some programs would do two
+        (256, 2560, Shape(2, 64)),
+        (256, 5120, Shape(2, 128)),
         (65, 8, Shape(1, 32)),
     ],
 )
-def test_the_largest_tile_that_keeps_the_gpu_busy_is_taken(m, n, expected):
+def test_the_tile_whose_waves_cost_least_is_taken(m, n, expected):
     assert shape_for(m, n, H200) == expected
 
 

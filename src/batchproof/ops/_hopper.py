@@ -27,7 +27,10 @@ __all__ = [
 SIDE = 64  # rows of a wgmma
 BLOCK = 128  # columns of the weight with one scale
 DTYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float16)
-FULL = 0.7  # of a GPU's multiprocessors: a grid of fewer programs leaves too many idle
+# What a wave of tiles costs by (consumers, width), one for each multiprocessor, in units of the first: measured on an
+# H200 with 128 to 1024 tokens
+COSTS = {(2, 128): 1.0, (1, 128): 0.8, (2, 64): 0.68, (1, 64): 0.55, (1, 32): 0.35, (1, 16): 0.3}
+ANOTHER = 0.3  # what another launch costs, in the same units
 MOST_WAVES = 8  # of tiles over the multiprocessors: with more, the last one hardly counts
 LEAST_ROW = 4096  # bytes of a row of the weight: a product of fewer is over before another launch pays
 
@@ -57,8 +60,12 @@ class Shape:
         left, right = (n, m) if self.swap else (m, n)
         return -(-left // self.height) * -(-right // self.width)
 
+    def cost(self, m: int, n: int, multiprocessors: int) -> float:
+        """Of all waves of tiles, of which a multiprocessor does one at a time, in the units of COSTS."""
+        return -(-self.tiles(m, n) // multiprocessors) * COSTS[self.consumers, self.width]
 
-# By the number of tokens, the largest tile first: the first with enough programs for the GPU is taken, or the last.
+
+# By the number of tokens, the largest tile first.
 SHAPES = (
     (16, (Shape(1, 16, True, 12, 1),)),
     (32, (Shape(1, 32, True, 12, 1),)),
@@ -68,12 +75,9 @@ SHAPES = (
 
 
 def shape_for(m: int, n: int, multiprocessors: int) -> Shape:
-    """How the output of m tokens by n columns is cut on a GPU of so many multiprocessors."""
+    """How the output of m tokens by n columns is cut on a GPU of so many multiprocessors: so that waves cost least."""
     shapes = next(shapes for most, shapes in SHAPES if most is None or m <= most)
-    for shape in shapes:
-        if shape.tiles(m, n) >= FULL * multiprocessors:
-            return shape
-    return shapes[-1]
+    return min(shapes, key=lambda shape: shape.cost(m, n, multiprocessors))
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,8 @@ class Part:
 def parts_for(m: int, n: int, row_bytes: int, multiprocessors: int) -> tuple[Part, ...]:
     """The launches that make the output of m tokens by n columns: one, or two if a wave of tiles would be half empty.
 
-    A program takes a tile at a time. Where the last tiles leave half of the multiprocessors idle or more, their
-    columns are cut in narrower ones, in a launch of their own. ``row_bytes``: of the weight.
+    A program takes a tile at a time. Where the last tiles leave many multiprocessors idle, their columns may be cut in
+    smaller ones, in a launch of their own. ``row_bytes``: of the weight.
     """
     shape = shape_for(m, n, multiprocessors)
     tiles, down = shape.tiles(m, n), shape.tiles(m, 1)
@@ -98,7 +102,8 @@ def parts_for(m: int, n: int, row_bytes: int, multiprocessors: int) -> tuple[Par
     if row_bytes >= LEAST_ROW and shape.consumers == 2 and 1 <= waves <= MOST_WAVES and left > 0:
         start = waves * multiprocessors // down * shape.width // BLOCK * BLOCK
         rest = shape_for(m, n - start, multiprocessors) if start < n else shape
-        if rest.width < shape.width and rest.tiles(m, n - start) <= multiprocessors:
+        costs = [shape.cost(m, start, multiprocessors), rest.cost(m, n - start, multiprocessors), ANOTHER]
+        if sum(costs) < shape.cost(m, n, multiprocessors):
             return Part(0, start, shape), Part(start, n, rest)
     return (Part(0, n, shape),)
 
