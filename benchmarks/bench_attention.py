@@ -20,6 +20,7 @@ import timing
 from attention_tables import full
 from batchproof.numerics import first_mismatch
 from batchproof.ops.attention import paged_attention, paged_attention_reference
+from contenders import distance, load, sift
 from errors import Refused
 from tables import OURS
 
@@ -221,25 +222,20 @@ def _race(
     sets = [operands(heads, batch, queries, keys, generator) for _ in range(count)]
     name = f"{model}, {batch}x{queries}x{keys}"
     wanted = _gate(name, sets[0])
-    good, failed, errors = {OURS: _ours(sets[0])}, {}, {}
-    for peer in options.peers:
-        try:
-            attend = PEERS[peer](sets[0])
-            errors[peer] = _distance(attend(sets[0])[-1:], wanted)
-            for other in sets[1:]:
-                attend(other)
-        except Exception as error:
-            failed[peer] = timing.reason(error)
-            continue
-        if errors[peer] < ERROR:
-            good[peer] = attend
-        else:
-            failed[peer] = f"its result is off by {errors[peer]:.2g} of the norm"
+    peers, missing = load({name: partial(PEERS[name], sets[0]) for name in options.peers})
+
+    def output(name: str) -> torch.Tensor:
+        """Of the batch that was gated; of the others as well, so that what is planned is planned for all."""
+        outs = [peers[name](o) for o in sets]
+        return outs[0][-1:]
+
+    errors, failed = sift(peers, output, wanted, ERROR)
+    good = {OURS: _ours(sets[0])} | {name: peer for name, peer in peers.items() if name not in failed}
     prepared = {contender: partial(partial, attend) for contender, attend in good.items()}
     times, more = timing.race(prepared, sets, timing.passes(count, moved), options.rounds)
     return {
         "model": model, "sequences": batch, "queries": queries, "keys": keys, "sets": count,
-        "floor_us": round(floor, 3), "missing": failed | more, "times": times,
+        "floor_us": round(floor, 3), "missing": {**missing, **failed, **more}, "times": times,
         "errors": {peer: round(error, 8) for peer, error in errors.items()},
     }  # fmt: skip
 
@@ -254,7 +250,7 @@ def _gate(name: str, o: Operands) -> torch.Tensor:
     whole = attend(o).unflatten(0, (last + 1, -1))
     alone = o.some([last], 1)
     wanted = paged_attention_reference(*alone.batch)
-    error = _distance(whole[last, -1:], wanted)
+    error = distance(whole[last, -1:], wanted)
     if not error < ERROR / 2:
         raise Refused(f"{name}: ours is off by {error:.2g} of the norm")
     for sequences in ([0], [last], [last, 0]):
@@ -264,10 +260,6 @@ def _gate(name: str, o: Operands) -> torch.Tensor:
             if differs:
                 raise Refused(f"{name}: the last {queries} queries of sequences {sequences} alone: {differs}")
     return wanted
-
-
-def _distance(out: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((out.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 def _case(text: str) -> tuple[int, int, int]:

@@ -24,6 +24,7 @@ from batchproof.numerics import first_mismatch
 from batchproof.ops._hopper import use_static_weights
 from batchproof.ops._quantize import quantize_static_fp8_reference
 from batchproof.ops.scaled_mm import scaled_mm_reference
+from contenders import distance, load, sift
 from errors import Refused
 from linear_tables import EARLY, full
 from tables import OURS
@@ -133,13 +134,7 @@ def contenders(form: str) -> tuple[dict[str, Product], dict[str, str]]:
         else:
             loaders |= {"DeepGEMM": _deep_gemm, "vLLM Triton": _vllm_blocks}
         loaders["vLLM CUTLASS"] = _vllm_cutlass
-    found: dict[str, Product] = {}
-    missing: dict[str, str] = {}
-    for name, load in loaders.items():
-        try:
-            found[name] = load()
-        except Exception as error:
-            missing[name] = timing.reason(error)
+    found, missing = load(loaders)
     return found | {EARLY: partial(_early, found[OURS])}, missing
 
 
@@ -201,7 +196,7 @@ def _gate(form: str, n: int, k: int, most: int, generator: torch.Generator) -> N
     o, ours = operands(form, most, n, k, generator), contenders(form)[0]
     whole = ours[OURS](o)
     first = slice(0, min(most, 32))
-    error = _distance(whole[first], reference(o, first))
+    error = distance(whole[first], reference(o, first))
     if not error < ERROR / 5:
         raise Refused(f"{form} {n}x{k}: ours is off by {error:.2g} of the norm")
     for m in (size for size in (1, 2, 8, 15, 16, 17, 32, 33, 64, 65, 127, 128, 257, 1024) if size < most):
@@ -224,30 +219,16 @@ def _race(
     count = timing.rotations(moved, timing.l2_bytes())["cold"]
     timing.release_memory()
     sets = [operands(form, m, n, k, generator) for _ in range(count)]
-    failed, errors, good = dict(missing), {}, {}
     some = slice(0, min(m, 32))
     wanted = reference(sets[0], some)
-    for name, product in products.items():
-        try:
-            errors[name] = _distance(product(sets[0])[some], wanted)
-        except Exception as error:
-            failed[name] = timing.reason(error)
-            continue
-        if errors[name] < ERROR:
-            good[name] = product
-        else:
-            failed[name] = f"its result is off by {errors[name]:.2g} of the norm"
-    prepared = {name: partial(partial, product) for name, product in good.items()}
+    errors, failed = sift(products, lambda name: products[name](sets[0])[some], wanted, ERROR)
+    prepared = {name: partial(partial, product) for name, product in products.items() if name not in failed}
     times, more = timing.race(prepared, sets, timing.passes(count, moved), rounds)
     return {
         "format": form, "model": model, "tokens": m, "n": n, "k": k, "sets": count,
-        "floor_us": round(moved / copy_gbps / 1e3, 3), "missing": failed | more, "times": times,
+        "floor_us": round(moved / copy_gbps / 1e3, 3), "missing": {**missing, **failed, **more}, "times": times,
         "errors": {name: round(error, 8) for name, error in errors.items()},
     }  # fmt: skip
-
-
-def _distance(out: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((out.double() - wanted).norm() / wanted.norm())
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import batchproof
 import timing
 from batchproof.numerics import first_mismatch
 from batchproof.registry import get_spec
+from contenders import distance, load, sift
 from errors import Refused
 from tables import OURS, best_peer
 
@@ -28,7 +29,7 @@ WIDTHS = (32000, 128256, 151936, 256000)
 ROWS = (1, 8, 64, 256, 2048)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDS = 10
-ERROR = 0.01  # of the largest result: a peer that is further off computes something else
+ERROR = 0.01  # of the norm of the output: a peer that is further off computes something else
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,14 +73,7 @@ def contenders(op: str) -> tuple[dict[str, Rows], dict[str, str]]:
     }
     if not log:
         loaders["FlashInfer"] = lambda: importlib.import_module("flashinfer.sampling").softmax
-    found: dict[str, Rows] = {}
-    missing: dict[str, str] = {}
-    for name, load in loaders.items():
-        try:
-            found[name] = load()
-        except Exception as error:
-            missing[name] = timing.reason(error)
-    return found, missing
+    return load(loaders)
 
 
 def _compiled(stock: Callable[..., torch.Tensor]) -> Rows:
@@ -100,9 +94,9 @@ def _gate(op: str, dtype: str, width: int, most: int, generator: torch.Generator
     """Ours has one result for a row whatever the batch, near the reference; otherwise nothing is timed."""
     x, ours = _logits(dtype, most, width, generator), getattr(batchproof, op)
     whole = ours(x)
-    error = _distance(whole[:8], get_spec(op).reference(x[:8]))
+    error = distance(whole[:8], get_spec(op).reference(x[:8]))
     if not error < ERROR:
-        raise Refused(f"{op} {dtype} {width}: ours is off by {error:.2g} of the largest")
+        raise Refused(f"{op} {dtype} {width}: ours is off by {error:.2g} of the norm")
     for rows in (size for size in (1, 2, 7, 8, 33, 257, 1024) if size < most):
         for some in (slice(0, rows), slice(most - rows, most)):
             differs = first_mismatch(ours(x[some]), whole[some])
@@ -119,27 +113,14 @@ def _race(
     timing.release_memory()
     sets = [_logits(dtype, count, width, generator) for _ in range(timing.rotations(moved, timing.l2_bytes())["cold"])]
     wanted = get_spec(op).reference(sets[0][:8])
-    good, failed = {OURS: getattr(batchproof, op)}, dict(missing)
-    for name, peer in peers.items():
-        try:
-            error = _distance(peer(sets[0])[:8], wanted)
-        except Exception as raised:
-            failed[name] = timing.reason(raised)
-            continue
-        if error < ERROR:
-            good[name] = peer
-        else:
-            failed[name] = f"its result is off by {error:.2g} of the largest"
+    _, failed = sift(peers, lambda name: peers[name](sets[0])[:8], wanted, ERROR)
+    good = {OURS: getattr(batchproof, op)} | {name: peer for name, peer in peers.items() if name not in failed}
     prepared = {name: partial(partial, function) for name, function in good.items()}
     times, more = timing.race(prepared, sets, timing.passes(len(sets), moved), rounds)
     return {
         "op": op, "dtype": dtype, "width": width, "rows": count, "sets": len(sets),
-        "floor_us": round(moved / copy_gbps / 1e3, 3), "missing": failed | more, "times": times,
+        "floor_us": round(moved / copy_gbps / 1e3, 3), "missing": {**missing, **failed, **more}, "times": times,
     }  # fmt: skip
-
-
-def _distance(out: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((out.double() - wanted.double()).abs().max() / wanted.double().abs().max())
 
 
 def full(result: Mapping[str, Any]) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import contenders
 from plain import BLOCK, PLAIN
-from timing import reason
 
 Call = Callable[[Any], Any]
 Calls = dict[str, Call]
@@ -27,13 +27,7 @@ STATIC = ("torch.compile",)  # compiled for one shape at a time, seconds each: a
 
 def load(names: Iterable[str]) -> tuple[dict[str, Calls], dict[str, str]]:
     """Every peer's calls, and for those that cannot be imported the reason."""
-    calls, missing = {}, {}
-    for name in names:
-        try:
-            calls[name] = PEERS[name]()
-        except Exception as error:
-            missing[name] = reason(error)
-    return calls, missing
+    return contenders.load({name: PEERS[name] for name in names})
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
