@@ -158,7 +158,7 @@ def _compile_key() -> dict[str, Any]:
         "version": __version__,
         "source": digest[:16],
         "fuse_norm_quant": fuses_norm_quant(),
-        "linear": [hook.name for hook in HOOKS if hook.switch and hook.is_wanted()],
+        "hooks": [hook.name for hook in HOOKS if hook.switch and hook.is_wanted()],
     }
 
 
