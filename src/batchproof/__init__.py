@@ -55,6 +55,7 @@ _HOMES = {
     "scaled_mm": "ops.scaled_mm",
     "silu": "ops.activation",
     "silu_and_mul": "ops.activation",
+    "silu_and_mul_static_fp8_quant": "ops.activation_quant",
     "softmax": "ops.softmax",
 }
 

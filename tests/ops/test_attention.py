@@ -314,7 +314,7 @@ def wrong_arguments(good):
         ),
         "sinks": (ShapeError, r"sinks has shape \(1,\), want \(4,\)", {"sinks": torch.zeros(1)}),
         "dtype of sinks": (DtypeError, "sinks is torch.int64", {"sinks": torch.zeros(4, dtype=torch.int64)}),
-        "shape of a scale": (ShapeError, r"k_scale has shape \(\), want \(1,\)", {"k_scale": torch.tensor(1.0)}),
+        "shape of a scale": (ShapeError, r"k_scale has shape \(2,\), want one element", {"k_scale": torch.ones(2)}),
         "dtype of a scale": (DtypeError, "v_scale is torch.float16", {"v_scale": torch.ones(1).half()}),
         "device of a scale": (DeviceError, "v_scale is on meta, want", {"v_scale": torch.ones(1, device="meta")}),
         "autograd": (UnsupportedError, "no backward pass", {"q": q.clone().requires_grad_()}),

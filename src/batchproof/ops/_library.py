@@ -16,8 +16,10 @@ __all__ = [
     "check_no_overlap",
     "check_parameter",
     "check_positive",
+    "check_positive_scalar",
     "check_rows",
     "check_same",
+    "check_scalar",
     "check_writable",
     "register_op",
     "require_no_grad",
@@ -65,6 +67,22 @@ def check_same(op: str, name: str, tensor: torch.Tensor, like_name: str, like: t
         raise DtypeError(f"{op}: {name} is {tensor.dtype}, want {like.dtype} as {like_name} is")
     if tensor.device != like.device:
         raise DeviceError(f"{op}: {name} is on {tensor.device}, want {like.device} where {like_name} is")
+
+
+def check_scalar(op: str, name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    """DtypeError, DeviceError or ShapeError unless ``value`` is one fp32 element on x's device."""
+    if value.dtype != torch.float32:
+        raise DtypeError(f"{op}: {name} is {value.dtype}, want torch.float32")
+    if value.device != x.device:
+        raise DeviceError(f"{op}: {name} is on {value.device}, want {x.device} where x is")
+    if value.numel() != 1:
+        raise ShapeError(f"{op}: {name} has shape {tuple(value.shape)}, want one element")
+
+
+def check_positive_scalar(op: str, name: str, value: torch.Tensor) -> None:
+    """ArgumentError unless ``value`` is finite and above 0. For the CPU: on a GPU, reading it waits for the device."""
+    if not 0.0 < value.item() < float("inf"):  # also for NaN
+        raise ArgumentError(f"{op}: {name} is {value.item()}, want a finite positive number")
 
 
 def check_rows(op: str, x: torch.Tensor) -> None:

@@ -4,83 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from ._quantize import BLOCK_MIN_AMAX, FP8_MAX, FP8_MIN_SCALE, INT8_MAX
+from ._quantize_jit import (
+    FP8_MAX_TL,
+    FP8_MIN_SCALE_TL,
+    INT8_MAX_TL,
+    block_scale,
+    magnitude,
+    quotient,
+    to_fp8,
+    to_int8,
+)
 from ._row_launch import CachedKernel, RowVariant, address_rows, row_plan
 from ._row_tree import along_rows, load_rows, normalised, row_rstd, rows_of_program, wait_for_inputs
 from ._rows import readable
-from ._triton import INTERPRETED, tl, triton
+from ._triton import tl, triton
 
 __all__ = ["launch"]
 
 MODES = {"static": 0, "token": 1, "block": 2}
 STATIC, TOKEN, BLOCK = (tl.constexpr(number) for number in MODES.values())
-_FP8_MAX, _INT8_MAX = tl.constexpr(FP8_MAX), tl.constexpr(INT8_MAX)
-_FP8_MIN_SCALE, _BLOCK_MIN_AMAX = tl.constexpr(FP8_MIN_SCALE), tl.constexpr(BLOCK_MIN_AMAX)
-_ROUNDER = tl.constexpr(1.5 * 2.0**23)  # fp32 values past it have no fractions
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def _magnitude(y):
-    """|y| in fp32, 0 for NaN."""
-    wide = y.to(tl.float32)
-    return tl.where(wide == wide, tl.abs(wide), 0.0)
-
-
-@triton.jit
-def _quotient(y, scale, BOUNDED: tl.constexpr):
-    """``y / scale`` rounded to nearest, in three operations: Markstein's correction of y times the reciprocal.
-
-    It is exact because the reciprocal is rounded to nearest and nothing that matters under- or overflows: |y| is at
-    most 448 times the scale, and below 2**-11 of it the result is 0 either way. With a BOUNDED scale |y| may be far
-    beyond that, and saturates as it is. An infinite scale makes finite values 0: no remainder of theirs may be taken.
-    """
-    if _INTERPRETED:  # its fma rounds twice
-        quotient = tl.div_rn(y, scale)
-    else:
-        reciprocal = tl.div_rn(1.0, scale)
-        finite = tl.where(scale == float("inf"), 0.0, scale)
-        estimate = y * reciprocal
-        excess = tl.fma(estimate, finite, -y)
-        quotient = tl.fma(excess, -reciprocal, estimate)  # signed so that -0 stays -0
-        if BOUNDED:
-            quotient = tl.where(tl.abs(estimate) > 2.0 * _FP8_MAX, estimate, quotient)
-    return quotient
-
-
-@triton.jit
-def _to_fp8(y, NAN: tl.constexpr):
-    """fp32 as saturating e4m3, NaN as the bound NAN: the GPU's minimum and maximum return the number of the two."""
-    if _INTERPRETED:
-        y = _on_e4m3_grid(tl.minimum(tl.maximum(tl.where(y == y, y, NAN), -_FP8_MAX), _FP8_MAX))
-    elif NAN > 0:
-        y = tl.minimum(y, NAN)
-    else:
-        y = tl.maximum(y, NAN)
-    return y.to(tl.float8e4nv)
-
-
-@triton.jit
-def _on_e4m3_grid(y):
-    """fp32 up to 448 rounded to what e4m3 can hold, by adding 1.5 * 2**23 units: the interpreter casts wrongly."""
-    exponent = tl.maximum(y.to(tl.int32, bitcast=True) & 0x7F800000, 0x3C800000)
-    magic = ((exponent + (20 << 23)) | 0x400000).to(tl.float32, bitcast=True)
-    rounded = (y + magic) - magic
-    return tl.where(rounded == 0.0, y * 0.0, rounded)  # keeps the sign of zero
-
-
-@triton.jit
-def _to_int8(y):
-    """fp32 rounded to nearest even and saturated, NaN as 0."""
-    y = tl.minimum(tl.maximum(tl.where(y == y, y, 0.0), -128.0), 127.0)
-    return ((y + _ROUNDER) - _ROUNDER).to(tl.int8)
-
-
-@triton.jit
-def _block_scale(y, axis: tl.constexpr):
-    """The scale of every block of columns along ``axis``, kept with size 1."""
-    amax = tl.maximum(tl.max(_magnitude(y), axis=axis, keep_dims=True), _BLOCK_MIN_AMAX)
-    return tl.div_rn(amax, _FP8_MAX)
 
 
 @triton.jit(
@@ -128,15 +70,15 @@ def _rms_norm_quant_kernel(
         largest = tl.zeros([ROWS, CHUNK // VEC], tl.float32)
         for i in tl.static_range(CHUNKS):
             y = normalised(values, weights, source_ptr, weight_ptr, columns, row_mask, rstd, i, HIDDEN, CHUNK, GEMMA)
-            largest = tl.maximum(largest, tl.max(tl.reshape(_magnitude(y), [ROWS, CHUNK // VEC, VEC]), axis=2))
+            largest = tl.maximum(largest, tl.max(tl.reshape(magnitude(y), [ROWS, CHUNK // VEC, VEC]), axis=2))
         amax = along_rows(tl.max(largest, axis=1))
         if INT8:
-            scale = tl.div_rn(amax, _INT8_MAX)
-            factor = tl.div_rn(_INT8_MAX, amax)
+            scale = tl.div_rn(amax, INT8_MAX_TL)
+            factor = tl.div_rn(INT8_MAX_TL, amax)
         else:
             if scale_ptr is not None:
                 amax = tl.minimum(amax, tl.load(scale_ptr))
-            scale = tl.maximum(tl.div_rn(amax, _FP8_MAX), _FP8_MIN_SCALE)
+            scale = tl.maximum(tl.div_rn(amax, FP8_MAX_TL), FP8_MIN_SCALE_TL)
         tl.store(scales_ptr + row, scale, mask=row_mask)
     elif MODE == STATIC:
         factor = tl.div_rn(1.0, static_scale)
@@ -145,25 +87,25 @@ def _rms_norm_quant_kernel(
             tl.float32
         )
         if MODE == STATIC:
-            out = _to_fp8(y * factor, _FP8_MAX)
+            out = to_fp8(y * factor, FP8_MAX_TL)
         elif DIMS == 3:
-            scale = _block_scale(y, 2)
+            scale = block_scale(y, 2)
             number = i * BLOCKS + tl.arange(0, BLOCKS)[None, :, None]
             blocks_ptr = scales_ptr + row.to(tl.int64) * (HIDDEN // GROUP) + number
             tl.store(blocks_ptr, scale, mask=number < HIDDEN // GROUP)
-            out = _to_fp8(_quotient(y, scale, False), -_FP8_MAX)
+            out = to_fp8(quotient(y, scale, False), -FP8_MAX_TL)
         elif MODE == BLOCK:
             scale = tl.full(y.shape, 1.0, tl.float32)
             for number in tl.static_range(HIDDEN // GROUP):
                 in_block = columns // GROUP == number
-                its_scale = _block_scale(tl.where(in_block, y, 0.0), 1)
+                its_scale = block_scale(tl.where(in_block, y, 0.0), 1)
                 tl.store(scales_ptr + row.to(tl.int64) * (HIDDEN // GROUP) + number, its_scale, mask=row_mask)
                 scale = tl.where(in_block, its_scale, scale)
-            out = _to_fp8(_quotient(y, scale, False), -_FP8_MAX)
+            out = to_fp8(quotient(y, scale, False), -FP8_MAX_TL)
         elif INT8:
-            out = _to_int8(y * factor)
+            out = to_int8(y * factor)
         else:
-            out = _to_fp8(_quotient(y, scale, scale_ptr is not None), _FP8_MAX)
+            out = to_fp8(quotient(y, scale, scale_ptr is not None), FP8_MAX_TL)
         at = i * CHUNK + columns
         tl.store(out_ptr + at, out, mask=(at < HIDDEN) & row_mask)
 

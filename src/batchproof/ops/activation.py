@@ -33,6 +33,7 @@ from ._rows import packed, vector_width
 from ._triton import device_guard, tl, triton
 
 __all__ = [
+    "check_gated",
     "gelu_tanh",
     "gelu_tanh_and_mul",
     "gelu_tanh_and_mul_reference",
@@ -142,10 +143,15 @@ def _activate_cpu(x: torch.Tensor, gelu: bool) -> torch.Tensor:
     return times_sigmoid_cpu(wide, v).to(x.dtype)
 
 
-def _validate(op: str, x: torch.Tensor, gated: bool) -> None:
+def check_gated(op: str, x: torch.Tensor) -> None:
+    """DtypeError or ShapeError unless ``x`` is [..., 2 * d]."""
     check_dtype(op, "x", x)
-    if gated and (x.dim() == 0 or x.shape[-1] % 2 != 0):
+    if x.dim() == 0 or x.shape[-1] % 2 != 0:
         raise ShapeError(f"{op}: x has shape {tuple(x.shape)}, want [..., 2 * d], an even last axis")
+
+
+def _validate(op: str, x: torch.Tensor, gated: bool) -> None:
+    check_gated(op, x) if gated else check_dtype(op, "x", x)
 
 
 def _empty_out(x: torch.Tensor, gated: bool) -> torch.Tensor:

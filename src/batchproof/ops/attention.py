@@ -31,7 +31,7 @@ from ..registry import OpSpec, register_spec
 from ._attention_cpu import attend_paged, slots_of, visible_keys
 from ._attention_kernels import attention_kernel, merge_kernel
 from ._hopper import is_hopper, processors
-from ._library import FLOAT_DTYPES, check_dtype, check_same, register_op, require_no_grad
+from ._library import check_dtype, check_same, check_scalar, register_op, require_no_grad
 from ._row_launch import dependent_launch
 from ._triton import device_guard, triton
 
@@ -271,14 +271,15 @@ def _validate(
         check_dtype(op, name, index, (torch.int32, torch.int64))
         if index.device != q.device:
             raise DeviceError(f"{op}: {name} is on {index.device}, want {q.device} where q is")
-    for name, numbers, size in (("sinks", sinks, q.shape[1]), ("k_scale", k_scale, 1), ("v_scale", v_scale, 1)):
-        if numbers is None:
-            continue
-        check_dtype(op, name, numbers, FLOAT_DTYPES if name == "sinks" else (torch.float32,))
-        if numbers.shape != (size,):
-            raise ShapeError(f"{op}: {name} has shape {tuple(numbers.shape)}, want ({size},)")
-        if numbers.device != q.device:
-            raise DeviceError(f"{op}: {name} is on {numbers.device}, want {q.device} where q is")
+    if sinks is not None:
+        check_dtype(op, "sinks", sinks)
+        if sinks.shape != (q.shape[1],):
+            raise ShapeError(f"{op}: sinks has shape {tuple(sinks.shape)}, want ({q.shape[1]},)")
+        if sinks.device != q.device:
+            raise DeviceError(f"{op}: sinks is on {sinks.device}, want {q.device} where q is")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            check_scalar(op, name, scale, q)
     sequences = seqused_k.shape[0]
     if k_start is not None and k_start.shape != (sequences,):
         raise ShapeError(f"{op}: k_start has shape {tuple(k_start.shape)}, want ({sequences},)")
@@ -338,8 +339,8 @@ def paged_attention(
         k_start: [num_sequences]: the absolute position of each block table's first key, where a sliding window has
             let go of the older ones; None for 0.
         sinks: [num_heads], fp32, fp16 or bf16: a score of each head for no key (GPT-OSS); None for none.
-        k_scale: [1], fp32: what keys in fp8 are to be multiplied by; None for 1.
-        v_scale: [1], fp32, as k_scale for values.
+        k_scale: one fp32 element: what keys in fp8 are to be multiplied by; None for 1.
+        v_scale: one fp32 element, as k_scale for values.
 
     Returns:
         [num_tokens, num_heads, head_dim], contiguous; zero for a query that sees no key.

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from ..errors import ArgumentError, DtypeError, ShapeError
 from ..registry import Inputs, OpSpec, register_spec
-from ._library import register_op, require_no_grad
+from ._library import check_positive_scalar, check_scalar, register_op, require_no_grad
 from ._quantize import quantize_per_block_reference, quantize_per_token_reference, quantize_static_fp8_reference
 from ._rms_norm_quant_kernel import launch
 from .rms_norm import _normalise_cpu, _residual_sum, _validate, add_rms_norm_reference, rms_norm_reference
@@ -73,7 +73,7 @@ def _check(call: _Call) -> None:
         raise ArgumentError(f"{op}: scale_ub is given with dtype {call.dtype}, want None; it bounds fp8 scales")
     for name, value in (("scale", call.scale), ("scale_ub", call.scale_ub)):
         if value is not None:
-            _check_scalar(op, name, value, x)
+            check_scalar(op, name, value, x)
     if call.mode == "block":
         if call.group_size not in GROUP_SIZES:
             raise ArgumentError(f"{op}: group_size is {call.group_size}, want one of {GROUP_SIZES}")
@@ -81,20 +81,10 @@ def _check(call: _Call) -> None:
             raise ShapeError(f"{op}: x has shape {tuple(x.shape)}, want a hidden_size that {call.group_size} divides")
 
 
-def _check_scalar(op: str, name: str, value: Tensor, x: Tensor) -> None:
-    if value.dtype != torch.float32:
-        raise DtypeError(f"{op}: {name} is {value.dtype}, want torch.float32")
-    if value.device != x.device:
-        raise DeviceError(f"{op}: {name} is on {value.device}, want {x.device} where x is")
-    if value.numel() != 1:
-        raise ShapeError(f"{op}: {name} has shape {tuple(value.shape)}, want one element")
-
-
 def _check_positive(call: _Call) -> None:
-    """On the CPU alone: on a GPU, reading a value would wait for the device."""
     for name, value in (("scale", call.scale), ("scale_ub", call.scale_ub)):
-        if value is not None and not 0.0 < value.item() < float("inf"):  # also for NaN
-            raise ArgumentError(f"{call.op}: {name} is {value.item()}, want a finite positive number")
+        if value is not None:
+            check_positive_scalar(call.op, name, value)
 
 
 def _quantize(y: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
