@@ -14,6 +14,7 @@ LINEAR = ("linear", "fp8_linear", "fp8_block_linear")
 NAMES = ("rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "softmax", *LINEAR, "attention")
 VARIABLES = (
     "VLLM_BATCH_INVARIANT", "BATCHPROOF_STRICT", "BATCHPROOF_FUSE_NORM_QUANT", "BATCHPROOF_LINEAR",
+    "BATCHPROOF_FUSE_ACTIVATION_QUANT",
     "BATCHPROOF_ATTENTION", "VLLM_USE_FLASHINFER_SAMPLER",
 )  # fmt: skip
 SWITCHES = dict.fromkeys(LINEAR, "BATCHPROOF_LINEAR") | {"attention": "BATCHPROOF_ATTENTION"}

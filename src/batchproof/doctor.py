@@ -25,6 +25,11 @@ _VARIABLES = (
     ("BATCHPROOF_STRICT", "0", "1: vLLM does not start if a hook is missing; 0: the log says so"),
     (_FUSE, "1", "1: norm and fp8 quantisation are one kernel in vLLM's compiled graphs; 0: they stay two"),
     (
+        "BATCHPROOF_FUSE_ACTIVATION_QUANT",
+        "0",
+        "1: SiLU and fp8 quantisation are one kernel, batchproof's, in vLLM's compiled graphs; 0: vLLM's own",
+    ),
+    (
         "BATCHPROOF_LINEAR",
         None,
         "1: vLLM's linear layers and lm_head are batchproof's; 0: vLLM's own; unset: 1 on Hopper, 0 elsewhere",

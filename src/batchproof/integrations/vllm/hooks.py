@@ -150,7 +150,7 @@ def _prefer_ours(original: Callable[..., Any], cls: Any, vllm_config: Any) -> An
 
 def _compile_key() -> dict[str, Any]:
     """What compiled graphs depend on beyond the files that vLLM hashes itself."""
-    from .plugin import fuses_norm_quant
+    from .plugin import fuses_activation_quant, fuses_norm_quant
 
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
@@ -158,6 +158,7 @@ def _compile_key() -> dict[str, Any]:
         "version": __version__,
         "source": digest[:16],
         "fuse_norm_quant": fuses_norm_quant(),
+        "fuse_activation_quant": fuses_activation_quant(),
         "hooks": [hook.name for hook in HOOKS if hook.switch and hook.is_wanted()],
     }
 

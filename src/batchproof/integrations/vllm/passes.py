@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch._inductor.pattern_matcher as pm
 from torch import Tensor, fx
-from vllm.compilation.passes.fusion.matcher_utils import MatcherQuantFP8
+from vllm.compilation.passes.fusion.matcher_utils import MatcherQuantFP8, MatcherSiluAndMul
 from vllm.compilation.passes.inductor_pass import enable_fake_mode
 from vllm.compilation.passes.pass_manager import PostGradPassManager
 from vllm.compilation.passes.utility.noop_elimination import NoOpEliminationPass
@@ -23,10 +23,11 @@ from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass, VllmPat
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kFp8StaticTensorSym
 
+from ...ops import activation_quant as _activation_quant  # noqa: F401 - defines the op
 from ...ops import rms_norm_quant as _rms_norm_quant  # noqa: F401 - defines the ops
-from .plugin import fuses_norm_quant
+from .plugin import fuses_activation_quant, fuses_norm_quant
 
-__all__ = ["InvariantPassManager", "NormQuantFusionPass"]
+__all__ = ["ActivationQuantFusionPass", "InvariantPassManager", "NormQuantFusionPass"]
 
 _logger = logging.getLogger("vllm.batchproof")
 _ops = torch.ops.batchproof
@@ -51,10 +52,11 @@ class InvariantPassManager(PostGradPassManager):
         if left_out:
             _logger.info("batchproof leaves out %s, whose kernels vary with the batch", ", ".join(left_out))
         self.passes = [p for p in self.passes if type(p).__name__ not in _VARYING]
-        if fuses_norm_quant():
-            with set_current_vllm_config(config, check_compile=False):
-                first = [isinstance(p, NoOpEliminationPass) for p in self.passes]
-                self.passes.insert(first.index(True) + 1 if True in first else 0, NormQuantFusionPass(config))
+        wanted = ((fuses_activation_quant(), ActivationQuantFusionPass), (fuses_norm_quant(), NormQuantFusionPass))
+        with set_current_vllm_config(config, check_compile=False):
+            first = [isinstance(p, NoOpEliminationPass) for p in self.passes]
+            place = first.index(True) + 1 if True in first else 0
+            self.passes[place:place] = [fusion(config) for is_wanted, fusion in wanted if is_wanted]
 
 
 class NormQuantFusionPass(VllmPatternMatcherPass):
@@ -92,6 +94,38 @@ class NormQuantFusionPass(VllmPatternMatcherPass):
         for make, quantize in product(_PAIRS, (self._static, self._per_token)):
             pattern, replacement, inputs = make(quantize, quantize is self._static, *form)
             pm.register_replacement(pattern, replacement, inputs, pm.fwd_only, self.patterns)
+
+
+class ActivationQuantFusionPass(VllmPatternMatcherPass):
+    """Replace SiLU-and-multiply and the static fp8 quantisation of its output by the op that does both.
+
+    The activation is then batchproof's, whose exponential may differ from the compiler's by an ulp.
+    """
+
+    @enable_fake_mode
+    def __init__(self, config: VllmConfig) -> None:
+        super().__init__(config)
+        self.patterns = pm.PatternMatcherPass(pass_name="batchproof_activation_quant")
+        activate, quantize = MatcherSiluAndMul(), MatcherQuantFP8(kFp8StaticTensorSym)
+
+        def pattern(x: Tensor, scale: Tensor) -> Tensor:
+            out: Tensor = quantize(activate(x), scale)[0]
+            return out
+
+        pm.register_replacement(
+            pattern, _ops.silu_and_mul_static_fp8_quant.default, [_example(5, 16), _scale()], pm.fwd_only, self.patterns
+        )
+
+    @VllmInductorPass.time_and_log
+    def __call__(self, graph: fx.Graph) -> None:
+        """Fuse in place."""
+        self.matched_count = self.patterns.apply(graph)
+        self.match_table[self.pass_name] += self.matched_count
+        _logger.debug("batchproof fused %d activations with their quantisation", self.matched_count)
+
+    def uuid(self) -> str:
+        """Of the compile cache; what else graphs depend on is in ``hooks._compile_key``."""
+        return str(self.hash_source(self))
 
 
 def _forms(graph: fx.Graph) -> Iterator[Form]:

@@ -9,7 +9,7 @@ from ...errors import ModeError
 from ...mode import read_flag, requested_by_environment
 from .hooks import HOOKS
 
-__all__ = ["fuses_norm_quant", "is_strict", "register"]
+__all__ = ["fuses_activation_quant", "fuses_norm_quant", "is_strict", "register"]
 
 _done = False
 
@@ -24,6 +24,11 @@ def fuses_norm_quant() -> bool:
     return read_flag("BATCHPROOF_FUSE_NORM_QUANT", default="1")
 
 
+def fuses_activation_quant() -> bool:
+    """Whether BATCHPROOF_FUSE_ACTIVATION_QUANT makes SiLU and the quantisation behind it one kernel; default no."""
+    return read_flag("BATCHPROOF_FUSE_ACTIVATION_QUANT", default="0")
+
+
 def register() -> None:
     """Put batchproof's kernels under vLLM if VLLM_BATCH_INVARIANT is 1; once a process, however often it is called.
 
@@ -33,7 +38,7 @@ def register() -> None:
     global _done
     if _done or not requested_by_environment():
         return
-    strict, fuse = is_strict(), fuses_norm_quant()
+    strict, fuse, _ = is_strict(), fuses_norm_quant(), fuses_activation_quant()  # a malformed one stops the start
     wanted = [hook for hook in HOOKS if hook.is_wanted()]  # a malformed switch stops the start here
     absent = {}
     for hook in wanted:
