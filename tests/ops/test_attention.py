@@ -15,6 +15,7 @@ from batchproof.errors import (
 )
 from batchproof.numerics import TOLERANCES, first_mismatch
 from batchproof.ops import _attention_kernels as kernels
+from batchproof.ops import _attention_plan as plans
 from batchproof.ops import attention as module
 from batchproof.ops._hopper import is_hopper
 from batchproof.ops._library import FLOAT_DTYPES
@@ -626,7 +627,7 @@ def test_a_launch_has_room_for_every_split(window, has_start, monkeypatch):
     ],
 )
 def test_few_programs_get_workers(programs, splits, scratch, workers):
-    assert module.workers_for(programs, splits, scratch, multiprocessors=132) == workers
+    assert plans.workers_for(programs, splits, scratch, multiprocessors=132) == workers
 
 
 @pytest.mark.gpu
@@ -657,9 +658,9 @@ def test_rows_and_warps_change_no_bits(dtype, head_dim, options, generator):
     cache = Cache(generator, [1200, 40], 8, 2, head_dim, dtype)
     cache.q[0] *= 4.0  # scores of a wide range
     arguments = cache.arguments({0: (1100, 1200), 1: (30, 40)}, **options)
-    expected = launched(arguments, 1, module.DECODE)
+    expected = launched(arguments, 1, plans.DECODE)
     assert_accurate(expected, arguments)
-    blocks = [*module.WIDE_BLOCKS] if head_dim > 128 else [*module.BLOCKS, module.DECODES, module.Block(32, 2, 3)]
+    blocks = [*plans.WIDE_BLOCKS] if head_dim > 128 else [*plans.BLOCKS, plans.DECODES, plans.Block(32, 2, 3)]
     for block in blocks:
         for workers in (1, 2):
             assert first_mismatch(launched(arguments, workers, block), expected) is None, f"{block}, {workers} workers"
@@ -670,17 +671,17 @@ def test_rows_and_warps_change_no_bits(dtype, head_dim, options, generator):
 @pytest.mark.parametrize(
     ("rows", "group", "head_dim", "expected"),
     [
-        (4, 4, 128, module.DECODE),
-        (4, 4, 256, module.WIDE_BLOCKS[0]),
-        (17, 1, 64, module.BLOCKS[1]),
-        (4096, 4, 128, module.BLOCKS[2]),
-        (4096, 4, 256, module.WIDE_BLOCKS[1]),
-        (256, 256, 64, replace(module.BLOCKS[2], rows=256)),
+        (4, 4, 128, plans.DECODE),
+        (4, 4, 256, plans.WIDE_BLOCKS[0]),
+        (17, 1, 64, plans.BLOCKS[1]),
+        (4096, 4, 128, plans.BLOCKS[2]),
+        (4096, 4, 256, plans.WIDE_BLOCKS[1]),
+        (256, 256, 64, replace(plans.BLOCKS[2], rows=256)),
     ],
 )
 def test_a_block_has_room_for_a_sequence_or_is_the_largest(rows, group, head_dim, expected):
-    assert module.block_for(rows, group, head_dim, True) == expected
-    assert module.block_for(rows, group, head_dim, False) == module.Block(max(16, group), 4, 2)
+    assert plans.block_for(rows, group, head_dim, True) == expected
+    assert plans.block_for(rows, group, head_dim, False) == plans.Block(max(16, group), 4, 2)
 
 
 @hostile
@@ -747,3 +748,21 @@ def test_a_cache_in_fp8(dtype, workers, generator, monkeypatch):
     for name in ("k_scale", "v_scale"):
         other = paged_attention(**{**arguments, name: None})
         assert first_mismatch(other, out) is not None, name
+
+
+@pytest.mark.parametrize(
+    ("sequences", "queries", "splits", "block", "grid", "workers"),
+    [
+        (8, 1, 1, plans.DECODE, (8, 8, 1), 1),
+        (8, 1, 8, plans.DECODE, (8, 8, 1), 8),
+        (1, 1, 64, plans.DECODE, (1, 8, 1), 64),
+        (64, 1, 4, plans.DECODES, (64, 8, 1), 1),
+        (1, 4, 1, plans.DECODE, (1, 8, 1), 1),
+        (1, 8192, 16, plans.BLOCKS[2], (1, 8, 256), 1),
+    ],
+)
+def test_a_plan_is_made_of_shapes(sequences, queries, splits, block, grid, workers):
+    shape = (sequences * queries, 32, 128)
+    plan = plans.plan_for(shape, sequences, 8, queries, splits, True, multiprocessors=132)
+    tokens = 1 if queries == 1 else block.rows // 4
+    assert plan == plans.Plan(block, 4, tokens, grid, workers)

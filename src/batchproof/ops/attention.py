@@ -10,7 +10,7 @@ An online softmax in fp32 takes a split's tiles in ascending order, from nothing
 ascending order, always by one formula. A masked key adds an exact zero, and a fully masked tile or split changes
 nothing, so a query's bits depend on its own row, its sequence's keys up to its position and the scalars: not on how
 many queries came with it, on neighbours, on the block table's layout or the page size; nor on how many programs
-share the splits, nor on their rows and warps, which the shapes of a batch choose (``workers_for``, ``block_for``). See
+share the splits, nor on their rows and warps, which the shapes of a batch choose (``_attention_plan``). See
 ``_attention_kernels``.
 On the CPU scores and outputs are exact sums (see ``_attention_cpu``), which have no order.
 
@@ -21,7 +21,6 @@ Dao et al., Flash-Decoding, 2023 (splits of keys).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from ..errors import ArgumentError, DeviceError, ShapeError
 from ..registry import OpSpec, register_spec
 from ._attention_cpu import attend_paged, slots_of, visible_keys
 from ._attention_kernels import attention_kernel, merge_kernel
+from ._attention_plan import Block, plan_for
 from ._hopper import is_hopper, processors
 from ._library import check_dtype, check_same, check_scalar, register_op, require_no_grad
 from ._row_launch import dependent_launch
@@ -40,39 +40,8 @@ __all__ = ["paged_attention", "paged_attention_reference"]
 # What the bits depend on: the same for every batch
 SPLIT = 512  # keys whose softmax starts anew, at absolute positions; a multiple of TILE
 TILE = 64  # keys per step of the online softmax
-# What they do not depend on
+# What they do not depend on (see ``_attention_plan`` as well)
 MERGE_STAGES = 4  # splits' results in flight
-FULL = 4  # programs for each of a GPU's multiprocessors: with fewer, splits are shared out
-MOST_SCRATCH = 2**28  # bytes of splits' results
-
-
-@dataclass(frozen=True)
-class Block:
-    """A program's query rows (tokens times query heads of one key head), its warps, and the pipeline's depth."""
-
-    rows: int
-    warps: int
-    stages: int
-
-
-DECODE = Block(16, 4, 3)
-DECODES = Block(16, 2, 2)  # where there are so many that bandwidth counts, not latency
-BLOCKS = (DECODE, Block(64, 4, 2), Block(128, 8, 3))  # the first that holds a sequence's rows, or the last
-WIDE_BLOCKS = (Block(16, 4, 2), Block(64, 8, 2))  # heads of more than 128: an output of as many registers
-MANY = 2  # programs for each of a GPU's multiprocessors: then they hide each other's latency
-
-
-def block_for(rows: int, group: int, head_dim: int, several: bool) -> Block:
-    """How many rows a program has where a sequence has ``rows`` at most; ``group`` rows stay together.
-
-    ``several``: whether blocks may differ, as on Hopper's tensor cores; elsewhere one is for all.
-    """
-    blocks = BLOCKS if head_dim <= 128 else WIDE_BLOCKS
-    if several:
-        block = next((b for b in blocks if b.rows >= rows), blocks[-1])
-    else:
-        block = replace(blocks[0], stages=2)
-    return block if block.rows >= group else replace(block, rows=group)
 
 
 def paged_attention_reference(
@@ -125,20 +94,6 @@ def splits_for(context: int, max_seqlen_q: int, window: int, has_start: bool) ->
     return -(-min(bounds) // SPLIT)
 
 
-def workers_for(programs: int, splits: int, scratch: int, multiprocessors: int) -> int:
-    """How many programs share the splits of the same rows; 1: it merges them itself. No bit depends on it.
-
-    Args:
-        programs: those of one worker each.
-        splits: most splits of a sequence.
-        scratch: bytes of all the splits' results, which several workers leave in memory.
-        multiprocessors: the GPU's.
-    """
-    if scratch > MOST_SCRATCH:
-        return 1
-    return max(1, min(splits, FULL * multiprocessors // programs))
-
-
 def launch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -174,23 +129,13 @@ def launch(
     sinks = None if sinks is None else sinks.contiguous()
     sequences = (cu_seqlens_q.contiguous(), seqused_k.contiguous(), k_start)
     num_tokens, num_heads, head_dim = q.shape
-    group = triton.next_power_of_2(num_heads // kv_heads)
+    context = block_table.shape[1] * k_cache.shape[1]
+    several = q.dtype != torch.float32 and is_hopper(q.device)
     multiprocessors = processors(q.device) if q.is_cuda else 1
-    chosen = block or block_for(
-        group * max_seqlen_q, group, head_dim, several=q.dtype != torch.float32 and is_hopper(q.device)
-    )
-    one_token = max_seqlen_q == 1
-    tokens = 1 if one_token else chosen.rows // group
-    grid = (num_sequences, kv_heads, triton.cdiv(max_seqlen_q, tokens))
-    splits = splits_for(block_table.shape[1] * k_cache.shape[1], max_seqlen_q, window, k_start is not None)
-    if workers is None:
-        scratch = 4 * num_tokens * num_heads * splits * (head_dim + 2)
-        workers = workers_for(math.prod(grid), splits, scratch, multiprocessors)
-    # Without workers, of which a launch has as many as the block table has room for splits: most may find no key
-    if block is None and chosen is DECODE and math.prod(grid) >= MANY * multiprocessors:
-        chosen = DECODES
+    splits = splits_for(context, max_seqlen_q, window, k_start is not None)
+    plan = plan_for(q.shape, num_sequences, kv_heads, max_seqlen_q, splits, several, multiprocessors, workers, block)
     parts: list[torch.Tensor | None] = [None] * 3  # largest scores, normalisers, totals
-    if workers > 1:
+    if plan.workers > 1:
         shape = (num_tokens, num_heads, splits)
         parts = [q.new_empty((*shape, *of), dtype=torch.float32) for of in ((), (), (head_dim,))]
     pdl = q.is_cuda and dependent_launch(q.get_device())
@@ -200,18 +145,18 @@ def launch(
         "enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {}),
     }  # fmt: skip
     with device_guard(q):
-        attention_kernel[(*grid[:2], grid[2] * workers)](
+        attention_kernel[(*plan.grid[:2], plan.grid[2] * plan.workers)](
             q, k_cache, v_cache, out, *parts, *sequences, block_table, sinks, k_scale, v_scale,
             num_tokens, block_table.shape[1], *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-            block_table.stride(0), softmax_scale, softcap, window, workers, splits,
-            GROUP=num_heads // kv_heads, GROUP_PADDED=group, ROWS=chosen.rows, TILE=TILE, PAGE_SIZE=k_cache.shape[1],
-            WALK=workers == 1, HAS_SOFTCAP=softcap > 0.0, ONE_TOKEN=one_token,
-            num_warps=chosen.warps, num_stages=chosen.stages, **constants,
+            block_table.stride(0), softmax_scale, softcap, window, plan.workers, splits,
+            GROUP=num_heads // kv_heads, GROUP_PADDED=plan.group, ROWS=plan.block.rows, TILE=TILE,
+            PAGE_SIZE=k_cache.shape[1], WALK=plan.workers == 1, HAS_SOFTCAP=softcap > 0.0, ONE_TOKEN=max_seqlen_q == 1,
+            num_warps=plan.block.warps, num_stages=plan.block.stages, **constants,
         )  # fmt: skip
-        if workers > 1:
+        if plan.workers > 1:
             merge_kernel[(num_sequences, num_heads, max_seqlen_q)](
                 *parts, out, *sequences, sinks, v_scale, window, splits,
-                TOKENS=tokens, STAGES=MERGE_STAGES, num_warps=1, **constants,
+                TOKENS=plan.tokens, STAGES=MERGE_STAGES, num_warps=1, **constants,
             )  # fmt: skip
     return out
 

@@ -1,0 +1,94 @@
+"""How ``paged_attention`` shares a batch out to programs, from its shapes alone; no bit depends on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ._triton import triton
+
+__all__ = ["BLOCKS", "DECODE", "DECODES", "WIDE_BLOCKS", "Block", "Plan", "block_for", "plan_for", "workers_for"]
+
+FULL = 4  # programs for each of a GPU's multiprocessors: with fewer, splits are shared out
+MOST_SCRATCH = 2**28  # bytes of splits' results
+
+
+@dataclass(frozen=True)
+class Block:
+    """A program's query rows (tokens times query heads of one key head), its warps, and the pipeline's depth."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+DECODE = Block(16, 4, 3)
+DECODES = Block(16, 2, 2)  # where there are so many that bandwidth counts, not latency
+BLOCKS = (DECODE, Block(64, 4, 2), Block(128, 8, 3))  # the first that holds a sequence's rows, or the last
+WIDE_BLOCKS = (Block(16, 4, 2), Block(64, 8, 2))  # heads of more than 128: an output of as many registers
+MANY = 2  # programs for each of a GPU's multiprocessors: then they hide each other's latency
+
+
+def block_for(rows: int, group: int, head_dim: int, several: bool) -> Block:
+    """How many rows a program has where a sequence has ``rows`` at most; ``group`` rows stay together.
+
+    ``several``: whether blocks may differ, as on Hopper's tensor cores; elsewhere one is for all.
+    """
+    blocks = BLOCKS if head_dim <= 128 else WIDE_BLOCKS
+    if several:
+        block = next((b for b in blocks if b.rows >= rows), blocks[-1])
+    else:
+        block = replace(blocks[0], stages=2)
+    return block if block.rows >= group else replace(block, rows=group)
+
+
+def workers_for(programs: int, splits: int, scratch: int, multiprocessors: int) -> int:
+    """How many programs share the splits of the same rows; 1: it merges them itself. No bit depends on it.
+
+    Args:
+        programs: those of one worker each.
+        splits: most splits of a sequence.
+        scratch: bytes of all the splits' results, which several workers leave in memory.
+        multiprocessors: the GPU's.
+    """
+    if scratch > MOST_SCRATCH:
+        return 1
+    return max(1, min(splits, FULL * multiprocessors // programs))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch is shared out to programs; no bit depends on it.
+
+    ``group``: rows of one token, a power of two; ``tokens``: of a sequence in a program; ``grid``: of one worker each.
+    """
+
+    block: Block
+    group: int
+    tokens: int
+    grid: tuple[int, int, int]
+    workers: int
+
+
+def plan_for(
+    q_shape: Sequence[int], num_sequences: int, kv_heads: int, max_seqlen_q: int, splits: int, several: bool,
+    multiprocessors: int, workers: int | None = None, block: Block | None = None,
+) -> Plan:  # fmt: skip
+    """The plan of a batch, from its shapes; ``workers`` and ``block`` if they are not to be chosen.
+
+    ``several``: as ``block_for`` takes it. ``splits``: as ``splits_for`` gives them.
+    """
+    num_tokens, num_heads, head_dim = q_shape
+    group = triton.next_power_of_2(num_heads // kv_heads)
+    chosen = block or block_for(group * max_seqlen_q, group, head_dim, several)
+    tokens = 1 if max_seqlen_q == 1 else chosen.rows // group
+    grid = (num_sequences, kv_heads, triton.cdiv(max_seqlen_q, tokens))
+    programs = math.prod(grid)
+    if workers is None:
+        scratch = 4 * num_tokens * num_heads * splits * (head_dim + 2)
+        workers = workers_for(programs, splits, scratch, multiprocessors)
+    # Without workers, of which a launch has as many as the block table has room for splits: most may find no key
+    if block is None and chosen is DECODE and programs >= MANY * multiprocessors:
+        chosen = DECODES
+    return Plan(chosen, group, tokens, grid, workers)
