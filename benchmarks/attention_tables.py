@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tables import OURS, best_peer
+from tables import compared, title
 
 Row = Mapping[str, Any]
 
@@ -31,15 +31,10 @@ def page(result: Mapping[str, Any], path: str) -> str:
 
 def _table(rows: list[Row]) -> list[str]:
     names = list(dict.fromkeys(name for row in rows for name in row["times"]))
-    titles = ["batchproof" if name == OURS else name for name in names]
-    head = ["sequences", "queries of each", "keys of each", "floor", *titles, "best peer", "ratio"]
+    head = ["sequences", "queries of each", "keys of each", "floor", *map(title, names), "best peer", "ratio"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
-        times = row["times"]
-        cells = [f"{times[name]['median_us']:.2f}" if name in times else "-" for name in names]
-        best = best_peer(times)
-        ratio = [best[0], f"{times[OURS]['median_us'] / best[1]:.2f}"] if best else ["", ""]
         sizes = [str(row[name]) for name in ("sequences", "queries", "keys")]
-        cells = [*sizes, f"{row['floor_us']:.2f}", *cells, *ratio]
+        cells = [*sizes, f"{row['floor_us']:.2f}", *compared(row["times"], names)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -81,13 +81,11 @@ class Operands:
             self.q, self.k, self.v, self.cu_seqlens_q, self.seqused_k, self.block_table, self.max_seqlen_q, self.scale,
         )  # fmt: skip
 
-    def some(self, sequences: Sequence[int], queries: int | None = None) -> Operands:
-        """Of these sequences the last ``queries`` queries, or all."""
-        count = self.max_seqlen_q if queries is None else queries
-        q = self.q.unflatten(0, (len(self.seqused_k), -1))[list(sequences), -count:].flatten(0, 1)
-        bounds = torch.arange(0, len(q) + 1, count, dtype=torch.int32, device=q.device)
-        chosen = list(sequences)
-        return Operands(q, self.k, self.v, bounds, self.seqused_k[chosen], self.block_table[chosen], count)
+    def some(self, chosen: list[int], queries: int) -> Operands:
+        """Of the chosen sequences the last ``queries`` queries."""
+        q = self.q.unflatten(0, (len(self.seqused_k), -1))[chosen, -queries:].flatten(0, 1)
+        bounds = torch.arange(0, len(q) + 1, queries, dtype=torch.int32, device=q.device)
+        return Operands(q, self.k, self.v, bounds, self.seqused_k[chosen], self.block_table[chosen], queries)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,8 +134,8 @@ def operands(heads: Heads, batch: int, queries: int, keys: int, generator: torch
     return Operands(q, *cache.split(heads.size, dim=-1), bounds, lengths, table, queries)
 
 
-def _ours(_: Operands) -> Attend:
-    return lambda o: paged_attention(*o.batch)
+def _ours(o: Operands) -> torch.Tensor:
+    return paged_attention(*o.batch)
 
 
 def _flash(example: Operands, splits: int) -> Attend:
@@ -230,7 +228,7 @@ def _race(
         return outs[0][-1:]
 
     errors, failed = sift(peers, output, wanted, ERROR)
-    good = {OURS: _ours(sets[0])} | {name: peer for name, peer in peers.items() if name not in failed}
+    good: dict[str, Attend] = {OURS: _ours} | {name: peer for name, peer in peers.items() if name not in failed}
     prepared = {contender: partial(partial, attend) for contender, attend in good.items()}
     times, more = timing.race(prepared, sets, timing.passes(count, moved), options.rounds)
     return {
@@ -246,8 +244,8 @@ def _gate(name: str, o: Operands) -> torch.Tensor:
     Returns:
         The reference's last row.
     """
-    attend, last = _ours(o), len(o.seqused_k) - 1
-    whole = attend(o).unflatten(0, (last + 1, -1))
+    last = len(o.seqused_k) - 1
+    whole = _ours(o).unflatten(0, (last + 1, -1))
     alone = o.some([last], 1)
     wanted = paged_attention_reference(*alone.batch)
     error = distance(whole[last, -1:], wanted)
@@ -255,7 +253,7 @@ def _gate(name: str, o: Operands) -> torch.Tensor:
         raise Refused(f"{name}: ours is off by {error:.2g} of the norm")
     for sequences in ([0], [last], [last, 0]):
         for queries in {1, min(17, o.max_seqlen_q), o.max_seqlen_q}:
-            out = attend(o.some(sequences, queries)).unflatten(0, (len(sequences), -1))
+            out = _ours(o.some(sequences, queries)).unflatten(0, (len(sequences), -1))
             differs = first_mismatch(out, whole[sequences, -queries:])
             if differs:
                 raise Refused(f"{name}: the last {queries} queries of sequences {sequences} alone: {differs}")

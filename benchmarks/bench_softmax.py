@@ -20,7 +20,7 @@ from batchproof.numerics import first_mismatch
 from batchproof.registry import get_spec
 from contenders import distance, load, sift
 from errors import Refused
-from tables import OURS, best_peer
+from tables import OURS, compared, title
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 
@@ -129,15 +129,12 @@ def full(result: Mapping[str, Any]) -> str:
     for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in result["rows"]):
         rows = [row for row in result["rows"] if (row["op"], row["dtype"]) == (op, dtype)]
         names = list(dict.fromkeys(name for row in rows for name in row["times"]))
-        titles = ["batchproof" if name == OURS else name for name in names]
-        parts += [f"**`{op}`, {dtype}**", "", f"| rows x width | floor | {' | '.join(titles)} | best peer | ratio |"]
+        parts += [f"**`{op}`, {dtype}**", ""]
+        parts.append(f"| rows x width | floor | {' | '.join(map(title, names))} | best peer | ratio |")
         parts.append("|---" * (len(names) + 4) + "|")
         for row in rows:
-            times = row["times"]
-            cells = [f"{times[name]['median_us']:.2f}" if name in times else "-" for name in names]
-            best = best_peer(times)
-            ratio = f"{best[0]} | {times[OURS]['median_us'] / best[1]:.2f}" if best else " | "
             shape = f"{row['rows']} x {row['width']}"
-            parts.append(f"| {shape} | {row['floor_us']:.2f} | {' | '.join(cells)} | {ratio} |")
+            cells = [shape, f"{row['floor_us']:.2f}", *compared(row["times"], names)]
+            parts.append(f"| {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts).rstrip()

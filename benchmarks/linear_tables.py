@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tables import OURS, best_peer
+from tables import OURS, best_peer, compared, title
 
 Row = Mapping[str, Any]
 EARLY = f"{OURS}, static weights"  # launched as an engine does that has declared its weights static
-NAMES = {OURS: "batchproof", EARLY: "batchproof, static weights"}
-
-
 LINES = (1, 8, 64, 512, 4096)  # numbers of tokens in the summary
 INVARIANT = ("vLLM CUTLASS, batch-invariant", "vLLM batch-invariant")
 
@@ -44,7 +41,7 @@ def summary(results: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> str:
         for tokens in LINES:
             same = [row for row in rows if row["format"] == form and row["tokens"] == tokens]
             sums = _sums(same)
-            ours = min(sums.pop(name)["median_us"] for name in NAMES if name in sums)
+            ours = min(sums.pop(name)["median_us"] for name in (OURS, EARLY) if name in sums)
             invariant = next((sums.pop(name)["median_us"] for name in INVARIANT if name in sums), None)
             best = best_peer(sums)
             cells = [f"{form}, {tokens} tokens", f"{sum(row['floor_us'] for row in same):.1f}", f"{ours:.1f}"]
@@ -87,16 +84,12 @@ def _products(rows: Sequence[Row]) -> str:
 def _table(rows: Sequence[Row]) -> list[str]:
     """A line for each number of tokens: microseconds of those contenders that did every product."""
     names = list(dict.fromkeys(name for row in rows for name in row["times"]))
-    titles = [NAMES.get(name, name) for name in names]
-    lines = [f"| tokens | floor | {' | '.join(titles)} | best peer | ratio |", "|---" * (len(names) + 4) + "|"]
+    lines = [f"| tokens | floor | {' | '.join(map(title, names))} | best peer | ratio |"]
+    lines.append("|---" * (len(names) + 4) + "|")
     for tokens in dict.fromkeys(row["tokens"] for row in rows):
         same = [row for row in rows if row["tokens"] == tokens]
-        sums = _sums(same)
-        best = best_peer(sums)
-        ours = min((sums[name]["median_us"] for name in NAMES if name in sums), default=None)
-        ratio = f"{best[0]} | {ours / best[1]:.2f}" if best and ours is not None else " | "
-        cells = [f"{sums[name]['median_us']:.2f}" if name in sums else "-" for name in names]
-        lines.append(f"| {tokens} | {sum(row['floor_us'] for row in same):.2f} | {' | '.join(cells)} | {ratio} |")
+        cells = [str(tokens), f"{sum(row['floor_us'] for row in same):.2f}", *compared(_sums(same), names)]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -118,6 +111,6 @@ def _errors(rows: Sequence[Row]) -> list[str]:
         for row in rows:
             for name, error in row["errors"].items() if row["format"] == form else ():
                 worst[name] = max(worst.get(name, 0.0), error)
-        listed = ", ".join(f"{NAMES.get(name, name)} {error:.2e}" for name, error in worst.items())
+        listed = ", ".join(f"{title(name)} {error:.2e}" for name, error in worst.items())
         lines += [f"Largest distance from float64, {form}, as a share of the norm of the output: {listed}.", ""]
     return lines

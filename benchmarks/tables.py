@@ -26,6 +26,14 @@ def best_peer(times: Mapping[str, Mapping[str, float]]) -> tuple[str, float] | N
     return None if name is None else (name, others[name])
 
 
+def compared(times: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> list[str]:
+    """Cells: every contender's microseconds, the best peer, and the faster of ours over it."""
+    cells = [f"{times[name]['median_us']:.2f}" if name in times else "-" for name in names]
+    best = best_peer(times)
+    ours = [figures["median_us"] for name, figures in times.items() if name.startswith(OURS)]
+    return [*cells, best[0], f"{min(ours) / best[1]:.2f}"] if best and ours else [*cells, "", ""]
+
+
 def failures(result: Mapping[str, Any]) -> dict[tuple[str, str], str]:
     """(peer, why) and the first case that the peer failed."""
     return {(peer, why): row["case"] for row in reversed(result["rows"]) for peer, why in row["missing"].items()}
@@ -66,7 +74,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     """A line for every number of tokens and cache mode; the fastest is bold."""
     names = dict.fromkeys(name for row in rows for times in row["times"].values() for name in times)
     lines = [
-        f"| tokens | cache | floor | share | {' | '.join(_name(name) for name in names)} |",
+        f"| tokens | cache | floor | share | {' | '.join(title(name) for name in names)} |",
         "|---" * (len(names) + 4) + "|",
     ]
     for row in rows:
@@ -113,7 +121,8 @@ def _caption(result: Mapping[str, Any], names: Sequence[str]) -> str:
     )
 
 
-def _name(contender: str) -> str:
+def title(contender: str) -> str:
+    """Of a contender's column."""
     return contender.replace(OURS, "batchproof", 1) if contender.startswith(OURS) else contender
 
 
@@ -123,4 +132,4 @@ def _us(value: float, fastest: float | None = None) -> str:
 
 
 def _listed(times: Mapping[str, float]) -> str:
-    return ", ".join(f"{_name(name)} {value:.1f}" for name, value in times.items())
+    return ", ".join(f"{title(name)} {value:.1f}" for name, value in times.items())

@@ -7,6 +7,7 @@ from batchproof.numerics import first_mismatch
 from batchproof.ops import linear as linear_module
 from batchproof.ops import scaled_mm as scaled_mm_module
 from batchproof.ops._hopper import is_hopper
+from batchproof.ops._triton import processors
 from batchproof.ops.linear import linear
 from batchproof.ops.rms_norm import add_rms_norm, fused_add_rms_norm, rms_norm, rms_norm_reference
 from batchproof.ops.scaled_mm import scaled_mm_reference
@@ -194,9 +195,9 @@ def test_a_product_in_two_launches_has_the_bits_of_one(scales, device):
     from batchproof.ops import _hopper, _hopper_product
 
     m, n, k = 512, 6144, 4096
-    parts = _hopper.parts_for(m, n, k, _hopper.processors(device))
+    parts = _hopper.parts_for(m, n, k, processors(device))
     if len(parts) == 1:
-        pytest.skip(f"{n} columns are one launch on {_hopper.processors(device)} multiprocessors")
+        pytest.skip(f"{n} columns are one launch on {processors(device)} multiprocessors")
     generator = torch.Generator(device).manual_seed(k)
     tokens, weight = (torch.randn(s, k, generator=generator, device=device).to(torch.float8_e4m3fn) for s in (m, n))
     rows, columns = ((m, k // 128), (k // 128, n // 128)) if scales == "block" else ((m, 1), (1, n))

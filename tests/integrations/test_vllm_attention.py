@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from batchproof.integrations.vllm import attention as module
+from batchproof.integrations.vllm import log
 from batchproof.integrations.vllm.attention import NEUTRAL, attention_over_ours
 from batchproof.integrations.vllm.hooks import HOOKS
 from batchproof.numerics import first_mismatch
@@ -81,7 +81,7 @@ def test_paged_attention_is_ours(call, attend, vllms, changes, expected):
     ],
 )
 def test_what_is_asked_beyond_that_stays_vllms_and_the_log_says_so(call, attend, vllms, caplog, name, value, reason):
-    module._say_that_it_stays_vllms.cache_clear()
+    log.say_that_it_stays_vllms.cache_clear()
     call[name] = value
     with caplog.at_level("WARNING", logger="vllm.batchproof"):
         attend(**call)

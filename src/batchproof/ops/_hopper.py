@@ -11,13 +11,14 @@ from functools import lru_cache
 
 import torch
 
+from ._triton import processors
+
 __all__ = [
     "SIDE",
     "Part",
     "Shape",
     "is_hopper",
     "parts_for",
-    "processors",
     "product",
     "shape_for",
     "takes",
@@ -123,13 +124,6 @@ def takes(tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, shape: 
 def is_hopper(device: torch.device) -> bool:
     """Whether its tensor cores are those whose bits do not depend on the tile."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@lru_cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
 
 
 _static_weights = False

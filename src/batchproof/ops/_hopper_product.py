@@ -6,10 +6,9 @@ warps, which hand them to wgmma, add up and store. Programs stay and take every 
 
 Invariance: a consumer adds k up in ascending order from zero and in no other way: bf16 and fp16 in the tensor core's
 fp32 accumulator; fp8 by groups of 128, each started from zero and added to an fp32 sum, with a scale of its own by one
-fused multiply-add. The size and shape of a tile,
-the number of consumers, the side that an operand is on, the order of tiles and the depth of the ring move data, not
-sums: the bits are those of ``linear``'s and ``scaled_mm``'s Triton kernels (measured; tests/gpu). That is why M may
-choose them (``_hopper.Shape``).
+fused multiply-add. The size and shape of a tile, the number of consumers, the side that an operand is on, the order of
+tiles and the depth of the ring move data, not sums: the bits are those of ``linear``'s and ``scaled_mm``'s Triton
+kernels (measured; tests/gpu). That is why M may choose them (``_hopper.Shape``).
 
 With dependent launch, a program starts while the kernel before still runs, and fills its ring with weights, if those
 are known to be there, before it waits for that kernel.
@@ -37,8 +36,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._hopper import SIDE, Shape, processors
-from ._triton import device_guard
+from ._hopper import SIDE, Shape
+from ._triton import device_guard, processors
 
 __all__ = ["launch"]
 

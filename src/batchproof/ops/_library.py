@@ -11,6 +11,7 @@ from ..errors import ArgumentError, DeviceError, DtypeError, LayoutError, ShapeE
 
 __all__ = [
     "FLOAT_DTYPES",
+    "check_device",
     "check_dtype",
     "check_like",
     "check_no_overlap",
@@ -61,20 +62,24 @@ def check_dtype(op: str, name: str, tensor: torch.Tensor, wanted: tuple[torch.dt
         raise DtypeError(f"{op}: {name} is {tensor.dtype}, want one of {', '.join(map(str, wanted))}")
 
 
-def check_same(op: str, name: str, tensor: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
-    """DtypeError or DeviceError unless two tensors share dtype and device."""
-    if tensor.dtype != like.dtype:
-        raise DtypeError(f"{op}: {name} is {tensor.dtype}, want {like.dtype} as {like_name} is")
+def check_device(op: str, name: str, tensor: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """DeviceError unless two tensors are on one device."""
     if tensor.device != like.device:
         raise DeviceError(f"{op}: {name} is on {tensor.device}, want {like.device} where {like_name} is")
 
 
-def check_scalar(op: str, name: str, value: torch.Tensor, x: torch.Tensor) -> None:
-    """DtypeError, DeviceError or ShapeError unless ``value`` is one fp32 element on x's device."""
+def check_same(op: str, name: str, tensor: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """DtypeError or DeviceError unless two tensors share dtype and device."""
+    if tensor.dtype != like.dtype:
+        raise DtypeError(f"{op}: {name} is {tensor.dtype}, want {like.dtype} as {like_name} is")
+    check_device(op, name, tensor, like_name, like)
+
+
+def check_scalar(op: str, name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """DtypeError, DeviceError or ShapeError unless ``value`` is one fp32 element on ``like``'s device."""
     if value.dtype != torch.float32:
         raise DtypeError(f"{op}: {name} is {value.dtype}, want torch.float32")
-    if value.device != x.device:
-        raise DeviceError(f"{op}: {name} is on {value.device}, want {x.device} where x is")
+    check_device(op, name, value, like_name, like)
     if value.numel() != 1:
         raise ShapeError(f"{op}: {name} has shape {tuple(value.shape)}, want one element")
 

@@ -21,7 +21,7 @@ __all__ = [
     "RowPlan",
     "RowVariant",
     "address_rows",
-    "dependent_launch",
+    "launch_options",
     "row_plan",
     "use_dependent_launch",
 ]
@@ -239,6 +239,12 @@ def use_dependent_launch(use: bool) -> None:
 def dependent_launch(device: int) -> bool:
     """Whether kernels are launched so on a GPU."""
     return _dependent_launch and has_dependent_launch(device)
+
+
+def launch_options(like: torch.Tensor) -> dict[str, Any]:
+    """What a kernel with a constant PDL is launched with, where ``like`` is."""
+    pdl = like.is_cuda and dependent_launch(like.get_device())
+    return {"PDL": pdl, "enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})}
 
 
 class CachedKernel:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "device_guard", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "device_guard", "processors", "tl", "triton"]
 
 try:
     import triton
@@ -37,3 +38,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def device_guard(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's GPU the current one for a launch; nothing to do for CPU tensors (Triton's interpreter)."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the CPU (Triton's interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

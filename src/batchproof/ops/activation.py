@@ -29,6 +29,9 @@ from ..errors import ShapeError
 from ..registry import OpSpec, register_spec
 from . import _exact
 from ._library import check_dtype, register_op, require_no_grad
+from ._quantize_jit import FP8_MAX_TL, to_fp8
+from ._row_launch import launch_options
+from ._row_tree import launch_dependents, wait_for_inputs
 from ._rows import packed, vector_width
 from ._triton import device_guard, tl, triton
 
@@ -90,17 +93,25 @@ def times_sigmoid(x, v):
 
 @triton.jit(do_not_specialize=["num_vectors"])
 def _activation_kernel(
-    x_ptr, out_ptr, num_vectors: tl.int64,
+    x_ptr, scale_ptr, out_ptr, num_vectors: tl.int64,
     BLOCK: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, GELU: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements of one output row of d = num_vectors * VEC; x's rows have d elements, or 2 d if GATED."""
+    """BLOCK elements of one output row of d = num_vectors * VEC; x's rows have d elements, or 2 d if GATED.
+
+    With a scale they are rounded to x's dtype, and quantised.
+    """
     width = num_vectors * VEC
     blocks = tl.cdiv(width, BLOCK).to(tl.int32)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     x_ptr += row * (width * 2 if GATED else width)
-    dtype = out_ptr.dtype.element_ty
+    dtype = x_ptr.dtype.element_ty
+    wait_for_inputs(PDL)
+    launch_dependents(PDL)
+    if scale_ptr is not None:
+        factor = tl.div_rn(1.0, tl.load(scale_ptr))
 
     x = tl.load(x_ptr + columns, mask=mask, other=0.0).to(ACC)
     v = x * (x * x * _GELU_CUBIC_TL + _GELU_LINEAR_TL) if GELU else x
@@ -108,22 +119,29 @@ def _activation_kernel(
     if GATED:
         up = tl.load(x_ptr + width + columns, mask=mask, other=0.0).to(tl.float32)
         y = (y.to(tl.float32) * up).to(dtype)
+    if scale_ptr is not None:
+        y = to_fp8(y.to(tl.float32) * factor, FP8_MAX_TL)
     tl.store(out_ptr + row * width + columns, y, mask=mask)
 
 
-def launch(x: torch.Tensor, out: torch.Tensor, gelu: bool, gated: bool) -> None:
-    """Run the kernel; ``out`` is new and packed, of x's shape or, if ``gated``, half as wide."""
+def launch(x: torch.Tensor, out: torch.Tensor, gelu: bool, gated: bool, scale: torch.Tensor | None = None) -> None:
+    """Run the kernel; ``out`` is new and packed, of x's shape or, if ``gated``, half as wide; fp8 if there is a scale.
+
+    What quantises is launched early, for what comes after it is a product.
+    """
     if out.numel() == 0:
         return
     x = packed(x)
     width = out.shape[-1] if out.dim() else 1
-    vec = vector_width(out) if out.dim() else 1
+    vec = vector_width(x) if out.dim() else 1
+    vec = vec if width % vec == 0 else 1
+    options = {"PDL": False, "enable_fp_fusion": False} if scale is None else launch_options(x)
     block = min(triton.next_power_of_2(width), MAX_BLOCK)
     with device_guard(x):
         _activation_kernel[(out.numel() // width * triton.cdiv(width, block),)](
-            x, out, width // vec,
+            x, scale, out, width // vec,
             BLOCK=block, VEC=vec, ACC=tl.float64 if x.dtype == torch.float32 else tl.float32,
-            GELU=gelu, GATED=gated, num_warps=NUM_WARPS, enable_fp_fusion=False,
+            GELU=gelu, GATED=gated, num_warps=NUM_WARPS, **options,
         )  # fmt: skip
 
 

@@ -25,15 +25,15 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, DeviceError, ShapeError
+from ..errors import ArgumentError, ShapeError
 from ..registry import OpSpec, register_spec
 from ._attention_cpu import attend_paged, slots_of, visible_keys
 from ._attention_kernels import attention_kernel, merge_kernel
 from ._attention_plan import Block, plan_for
-from ._hopper import is_hopper, processors
-from ._library import check_dtype, check_same, check_scalar, register_op, require_no_grad
-from ._row_launch import dependent_launch
-from ._triton import device_guard, triton
+from ._hopper import is_hopper
+from ._library import check_device, check_dtype, check_same, check_scalar, register_op, require_no_grad
+from ._row_launch import launch_options
+from ._triton import device_guard, processors, triton
 
 __all__ = ["paged_attention", "paged_attention_reference"]
 
@@ -42,6 +42,8 @@ SPLIT = 512  # keys whose softmax starts anew, at absolute positions; a multiple
 TILE = 64  # keys per step of the online softmax
 # What they do not depend on (see ``_attention_plan`` as well)
 MERGE_STAGES = 4  # splits' results in flight
+
+FP8 = torch.float8_e4m3fn  # what a cache may be instead of q's dtype
 
 
 def paged_attention_reference(
@@ -131,18 +133,18 @@ def launch(
     num_tokens, num_heads, head_dim = q.shape
     context = block_table.shape[1] * k_cache.shape[1]
     several = q.dtype != torch.float32 and is_hopper(q.device)
-    multiprocessors = processors(q.device) if q.is_cuda else 1
     splits = splits_for(context, max_seqlen_q, window, k_start is not None)
-    plan = plan_for(q.shape, num_sequences, kv_heads, max_seqlen_q, splits, several, multiprocessors, workers, block)
+    plan = plan_for(
+        q.shape, num_sequences, kv_heads, max_seqlen_q, splits, several, processors(q.device), workers, block
+    )  # fmt: skip
     parts: list[torch.Tensor | None] = [None] * 3  # largest scores, normalisers, totals
     if plan.workers > 1:
         shape = (num_tokens, num_heads, splits)
         parts = [q.new_empty((*shape, *of), dtype=torch.float32) for of in ((), (), (head_dim,))]
-    pdl = q.is_cuda and dependent_launch(q.get_device())
     constants = {
         "NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "HEAD_DIM_PADDED": max(16, triton.next_power_of_2(head_dim)),
-        "SPLIT": SPLIT, "CAUSAL": causal, "HAS_WINDOW": window > 0, "HAS_START": k_start is not None, "PDL": pdl,
-        "enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {}),
+        "SPLIT": SPLIT, "CAUSAL": causal, "HAS_WINDOW": window > 0, "HAS_START": k_start is not None,
+        **launch_options(q),
     }  # fmt: skip
     with device_guard(q):
         attention_kernel[(*plan.grid[:2], plan.grid[2] * plan.workers)](
@@ -197,10 +199,7 @@ def _validate(
     op = "paged_attention"
     check_dtype(op, "q", q)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dtype != torch.float8_e4m3fn:
-            check_same(op, name, cache, "q", q)
-        elif cache.device != q.device:
-            raise DeviceError(f"{op}: {name} is on {cache.device}, want {q.device} where q is")
+        check_device(op, name, cache, "q", q) if cache.dtype == FP8 else check_same(op, name, cache, "q", q)
         if q.dim() != 3 or cache.dim() != 4 or cache.shape[3] != q.shape[2] or q.shape[1] % cache.shape[2]:
             raise ShapeError(
                 f"{op}: q has shape {tuple(q.shape)} and {name} {tuple(cache.shape)}, want [num_tokens, num_heads, "
@@ -214,17 +213,15 @@ def _validate(
         if index is None:
             continue
         check_dtype(op, name, index, (torch.int32, torch.int64))
-        if index.device != q.device:
-            raise DeviceError(f"{op}: {name} is on {index.device}, want {q.device} where q is")
+        check_device(op, name, index, "q", q)
     if sinks is not None:
         check_dtype(op, "sinks", sinks)
         if sinks.shape != (q.shape[1],):
             raise ShapeError(f"{op}: sinks has shape {tuple(sinks.shape)}, want ({q.shape[1]},)")
-        if sinks.device != q.device:
-            raise DeviceError(f"{op}: sinks is on {sinks.device}, want {q.device} where q is")
+        check_device(op, "sinks", sinks, "q", q)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
-            check_scalar(op, name, scale, q)
+            check_scalar(op, name, scale, "q", q)
     sequences = seqused_k.shape[0]
     if k_start is not None and k_start.shape != (sequences,):
         raise ShapeError(f"{op}: k_start has shape {tuple(k_start.shape)}, want ({sequences},)")

@@ -73,7 +73,7 @@ def _check(call: _Call) -> None:
         raise ArgumentError(f"{op}: scale_ub is given with dtype {call.dtype}, want None; it bounds fp8 scales")
     for name, value in (("scale", call.scale), ("scale_ub", call.scale_ub)):
         if value is not None:
-            check_scalar(op, name, value, x)
+            check_scalar(op, name, value, "x", x)
     if call.mode == "block":
         if call.group_size not in GROUP_SIZES:
             raise ArgumentError(f"{op}: group_size is {call.group_size}, want one of {GROUP_SIZES}")

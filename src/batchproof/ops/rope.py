@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, DeviceError, ShapeError
+from ..errors import ArgumentError, ShapeError
 from ..registry import OpSpec, register_spec
 from . import _exact
-from ._library import check_dtype, check_positive, register_op, require_no_grad
+from ._library import check_device, check_dtype, check_positive, register_op, require_no_grad
 from ._triton import device_guard, tl, triton
 
 __all__ = ["rope", "rope_cos_sin", "rope_reference"]
@@ -162,8 +162,7 @@ def _validate(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -
     check_dtype("rope", "positions", positions, (torch.int64, torch.int32))
     check_dtype("rope", "cos_sin", cos_sin, (torch.float32,))
     for name, tensor in (("positions", positions), ("cos_sin", cos_sin)):
-        if tensor.device != x.device:
-            raise DeviceError(f"rope: {name} is on {tensor.device}, want {x.device} where x is")
+        check_device("rope", name, tensor, "x", x)
     if x.dim() != 3:
         raise ShapeError(f"rope: x has shape {tuple(x.shape)}, want [num_tokens, num_heads, head_dim]")
     if positions.shape != x.shape[:1]:

@@ -24,12 +24,11 @@ import torch
 
 from ..registry import OpSpec, register_spec
 from . import _exact
-from ._hopper import processors
 from ._library import register_op, require_no_grad
-from ._row_launch import dependent_launch
+from ._row_launch import launch_options
 from ._row_tree import launch_dependents, wait_for_inputs
 from ._rows import block_and_warps, cast_first, normalise_dim, packed, vector_width
-from ._triton import device_guard, tl, triton
+from ._triton import device_guard, processors, tl, triton
 
 __all__ = ["log_softmax", "log_softmax_reference", "softmax", "softmax_reference"]
 
@@ -162,16 +161,16 @@ def launch(rows: torch.Tensor, out: torch.Tensor, log: bool, shared: bool | None
     block, warps = block_and_warps(width)
     vec = vector_width(rows)
     blocks = triton.cdiv(width, block)
-    options: dict[str, Any] = {"BLOCK": block, "VEC": vec, "num_warps": warps, "enable_fp_fusion": False}
+    constants = {"BLOCK": block, "VEC": vec, "num_warps": warps}
     if shared is None:
-        shared = num_rows < FULL * (processors(rows.device) if rows.is_cuda else 1)
+        shared = num_rows < FULL * processors(rows.device)
     with device_guard(rows):
         if not shared or blocks == 1:
-            _row_kernel[(num_rows,)](rows, out, width // vec, ONE_BLOCK=blocks == 1, LOG=log, **options)
+            _row_kernel[(num_rows,)](
+                rows, out, width // vec, ONE_BLOCK=blocks == 1, LOG=log, enable_fp_fusion=False, **constants
+            )
             return
-        options["PDL"] = rows.is_cuda and dependent_launch(rows.get_device())
-        if options["PDL"]:
-            options["launch_pdl"] = True
+        options = constants | launch_options(rows)
         parts = rows.new_empty((2, num_rows, blocks), dtype=torch.float32)
         _parts_kernel[(num_rows, blocks)](rows, parts[0], parts[1], width // vec, **options)
         _output_kernel[(num_rows, blocks)](rows, parts[0], parts[1], out, width // vec, LOG=log, **options)

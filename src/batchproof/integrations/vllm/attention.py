@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from ...ops._library import FLOAT_DTYPES
 from ...ops.attention import launch
+from .log import say_that_it_stays_vllms
 
 __all__ = ["NEUTRAL", "attention_over_ours", "why_vllms"]
 
@@ -57,8 +57,10 @@ def attention_over_ours(original: Callable[..., None], is_ours: Callable[[], boo
     ) -> None:  # fmt: skip
         if not is_ours():
             reason: str | None = "the model sees some of its prompt both ways"
-        elif more or not out.is_contiguous() or out.dtype != q.dtype:
-            reason = "its output is not contiguous, or of another dtype" if not more else "more arguments than known"
+        elif more:
+            reason = "more arguments than known"
+        elif not out.is_contiguous() or out.dtype != q.dtype:
+            reason = "its output is not contiguous, or of another dtype"
         else:
             reason = why_vllms(q, k, v, causal, window_size, others)
         if reason is None:
@@ -68,15 +70,10 @@ def attention_over_ours(original: Callable[..., None], is_ours: Callable[[], boo
                 None, others.get("sinks"), out=out,
             )  # fmt: skip
             return
-        _say_that_it_stays_vllms(reason)
+        say_that_it_stays_vllms("attention stays", reason)
         original(
             q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, softmax_scale, causal, window_size,
             block_table, softcap, *more, **others,
         )  # fmt: skip
 
     return unified_attention
-
-
-@functools.cache
-def _say_that_it_stays_vllms(reason: str) -> None:
-    logging.getLogger("vllm.batchproof").warning("batchproof: some attention stays vLLM's: %s", reason)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from vllm.model_executor.utils import replace_parameter
 
 from ...ops._library import FLOAT_DTYPES
 from ...ops.scaled_mm import GROUP
+from .log import say_that_it_stays_vllms
 
 __all__ = ["InvariantFp8BlockScaledMMKernel"]
 
@@ -41,7 +40,7 @@ class InvariantFp8BlockScaledMMKernel(CutlassFp8BlockScaledMMKernel):
         elif able and config.out_dtype not in FLOAT_DTYPES:
             able, reason = False, f"outputs are {config.out_dtype}, want one of {', '.join(map(str, FLOAT_DTYPES))}"
         if reason is not None:
-            _say_that_it_stays_vllms(reason)
+            say_that_it_stays_vllms("fp8 linear layers stay", reason)
         return able, reason
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -74,8 +73,3 @@ class InvariantFp8BlockScaledMMKernel(CutlassFp8BlockScaledMMKernel):
         dtype = self.config.out_dtype
         out: torch.Tensor = torch.ops.batchproof.scaled_mm.default(A, B.t(), As, Bs.t(), bias, dtype)
         return out
-
-
-@functools.cache
-def _say_that_it_stays_vllms(reason: str) -> None:
-    logging.getLogger("vllm.batchproof").warning("batchproof: some fp8 linear layers stay vLLM's: %s", reason)

@@ -296,11 +296,11 @@ def _probe_attention() -> str | None:
     found = inspect.signature(module.unified_attention).parameters
     if list(found)[: len(_ATTENDS)] != _ATTENDS:
         return f"unified_attention begins with {list(found)[: len(_ATTENDS)]}, want {_ATTENDS}"
-    absent_too = [name for name in (*NEUTRAL, "sinks") if name not in found]
+    unknown = [name for name in (*NEUTRAL, "sinks") if name not in found]
+    if unknown:
+        return f"unified_attention has no {', '.join(unknown)}"
     builder = inspect.signature(module.TritonAttentionMetadataBuilder.__init__).parameters
-    if absent_too or "vllm_config" not in builder:
-        return f"unified_attention has no {', '.join(absent_too)}" if absent_too else "its builder takes no vllm_config"
-    return None
+    return None if "vllm_config" in builder else "its builder takes no vllm_config"
 
 
 def _install_attention() -> None:

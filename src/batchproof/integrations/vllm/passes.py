@@ -7,7 +7,6 @@ norms put kernels in the graph that choose their threads by the number of tokens
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -25,11 +24,11 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynami
 
 from ...ops import activation_quant as _activation_quant  # noqa: F401 - defines the op
 from ...ops import rms_norm_quant as _rms_norm_quant  # noqa: F401 - defines the ops
+from .log import logger
 from .plugin import fuses_activation_quant, fuses_norm_quant
 
 __all__ = ["ActivationQuantFusionPass", "InvariantPassManager", "NormQuantFusionPass"]
 
-_logger = logging.getLogger("vllm.batchproof")
 _ops = torch.ops.batchproof
 _FP8 = torch.float8_e4m3fn
 _VARYING = (
@@ -50,7 +49,7 @@ class InvariantPassManager(PostGradPassManager):
         super().configure(config)
         left_out = sorted({type(p).__name__ for p in self.passes} & set(_VARYING))
         if left_out:
-            _logger.info("batchproof leaves out %s, whose kernels vary with the batch", ", ".join(left_out))
+            logger.info("batchproof leaves out %s, whose kernels vary with the batch", ", ".join(left_out))
         self.passes = [p for p in self.passes if type(p).__name__ not in _VARYING]
         wanted = ((fuses_activation_quant(), ActivationQuantFusionPass), (fuses_norm_quant(), NormQuantFusionPass))
         with set_current_vllm_config(config, check_compile=False):
@@ -59,7 +58,32 @@ class InvariantPassManager(PostGradPassManager):
             self.passes[place:place] = [fusion(config) for is_wanted, fusion in wanted if is_wanted]
 
 
-class NormQuantFusionPass(VllmPatternMatcherPass):
+class _FusionPass(VllmPatternMatcherPass):
+    """Replace what patterns match; ``what`` is fused with its quantisation, for people."""
+
+    what: str
+
+    def __init__(self, config: VllmConfig) -> None:
+        super().__init__(config)
+        self.patterns = pm.PatternMatcherPass(pass_name=f"batchproof_{self.what}_quant")
+
+    def learn(self, graph: fx.Graph) -> None:
+        """Add the patterns that a graph may need."""
+
+    @VllmInductorPass.time_and_log
+    def __call__(self, graph: fx.Graph) -> None:
+        """Fuse in place."""
+        self.learn(graph)
+        self.matched_count = self.patterns.apply(graph)
+        self.match_table[self.pass_name] += self.matched_count
+        logger.debug("batchproof fused %d %ss with their quantisation", self.matched_count, self.what)
+
+    def uuid(self) -> str:
+        """Of the compile cache; what else graphs depend on is in ``hooks._compile_key``."""
+        return str(self.hash_source(_FusionPass, self, *_PAIRS))
+
+
+class NormQuantFusionPass(_FusionPass):
     """Replace ``rms_norm`` or ``add_rms_norm`` and the fp8 quantisation of its output by the op that does both.
 
     The quantisation is recognised by vLLM's own matcher, where it is compiled. As a custom op, with ``+quant_fp8``, it
@@ -67,27 +91,20 @@ class NormQuantFusionPass(VllmPatternMatcherPass):
     so they are made when a graph has a norm of a new epsilon.
     """
 
+    what = "norm"
+
     @enable_fake_mode
     def __init__(self, config: VllmConfig) -> None:
         super().__init__(config)
-        self.patterns = pm.PatternMatcherPass(pass_name="batchproof_norm_quant")
         self._static = MatcherQuantFP8(kFp8StaticTensorSym)
         self._per_token = MatcherQuantFP8(kFp8DynamicTokenSym)
         self._known: set[Form] = set()
 
-    @VllmInductorPass.time_and_log
-    def __call__(self, graph: fx.Graph) -> None:
-        """Fuse in place."""
+    def learn(self, graph: fx.Graph) -> None:
+        """Those of norms of forms that were not seen before."""
         for form in sorted(set(_forms(graph)) - self._known):
             self._known.add(form)
             self._register(form)
-        self.matched_count = self.patterns.apply(graph)
-        self.match_table[self.pass_name] += self.matched_count
-        _logger.debug("batchproof fused %d norms with their quantisation", self.matched_count)
-
-    def uuid(self) -> str:
-        """Of the compile cache; what else graphs depend on is in ``hooks._compile_key``."""
-        return str(self.hash_source(self, *_PAIRS))
 
     @enable_fake_mode
     def _register(self, form: Form) -> None:
@@ -96,16 +113,17 @@ class NormQuantFusionPass(VllmPatternMatcherPass):
             pm.register_replacement(pattern, replacement, inputs, pm.fwd_only, self.patterns)
 
 
-class ActivationQuantFusionPass(VllmPatternMatcherPass):
+class ActivationQuantFusionPass(_FusionPass):
     """Replace SiLU-and-multiply and the static fp8 quantisation of its output by the op that does both.
 
     The activation is then batchproof's, whose exponential may differ from the compiler's by an ulp.
     """
 
+    what = "activation"
+
     @enable_fake_mode
     def __init__(self, config: VllmConfig) -> None:
         super().__init__(config)
-        self.patterns = pm.PatternMatcherPass(pass_name="batchproof_activation_quant")
         activate, quantize = MatcherSiluAndMul(), MatcherQuantFP8(kFp8StaticTensorSym)
 
         def pattern(x: Tensor, scale: Tensor) -> Tensor:
@@ -115,17 +133,6 @@ class ActivationQuantFusionPass(VllmPatternMatcherPass):
         pm.register_replacement(
             pattern, _ops.silu_and_mul_static_fp8_quant.default, [_example(5, 16), _scale()], pm.fwd_only, self.patterns
         )
-
-    @VllmInductorPass.time_and_log
-    def __call__(self, graph: fx.Graph) -> None:
-        """Fuse in place."""
-        self.matched_count = self.patterns.apply(graph)
-        self.match_table[self.pass_name] += self.matched_count
-        _logger.debug("batchproof fused %d activations with their quantisation", self.matched_count)
-
-    def uuid(self) -> str:
-        """Of the compile cache; what else graphs depend on is in ``hooks._compile_key``."""
-        return str(self.hash_source(self))
 
 
 def _forms(graph: fx.Graph) -> Iterator[Form]:

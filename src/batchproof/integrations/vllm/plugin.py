@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 from ..._version import __version__
 from ...errors import ModeError
 from ...mode import read_flag, requested_by_environment
 from .hooks import HOOKS
+from .log import logger
 
 __all__ = ["fuses_activation_quant", "fuses_norm_quant", "is_strict", "register"]
 
@@ -38,8 +37,10 @@ def register() -> None:
     global _done
     if _done or not requested_by_environment():
         return
-    strict, fuse, _ = is_strict(), fuses_norm_quant(), fuses_activation_quant()  # a malformed one stops the start
-    wanted = [hook for hook in HOOKS if hook.is_wanted()]  # a malformed switch stops the start here
+    # All switches are read here, those of passes too: a malformed one stops the start
+    strict, fuse = is_strict(), fuses_norm_quant()
+    fuses_activation_quant()
+    wanted = [hook for hook in HOOKS if hook.is_wanted()]
     absent = {}
     for hook in wanted:
         reason = hook.missing()
@@ -57,13 +58,8 @@ def register() -> None:
     if lines and strict:
         raise ModeError("BATCHPROOF_STRICT is 1 and hooks into vLLM are missing: " + "; ".join(lines))
     for line in lines:
-        _logger().error("batchproof: HOOK MISSING, results may depend on the batch. %s", line)
+        logger.error("batchproof: HOOK MISSING, results may depend on the batch. %s", line)
     served = [hook.serves for hook in wanted if hook not in absent]
     if served:
         fused = "" if fuse else " (norm and quantisation kept apart)"
-        _logger().info("batchproof %s serves %s%s", __version__, "; ".join(served), fused)
-
-
-def _logger() -> logging.Logger:
-    """A child of vLLM's logger, whose handlers show it."""
-    return logging.getLogger("vllm.batchproof")
+        logger.info("batchproof %s serves %s%s", __version__, "; ".join(served), fused)
