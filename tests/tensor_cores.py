@@ -1,7 +1,7 @@
 """Which tensor core instructions products compile to, for sm_90 and without a GPU.
 
 wgmma adds fp8 up otherwise than mma.sync does, and the compiler chooses between them by a tile's shape and by layouts.
-The kernel for Hopper is in Gluon, which Triton's interpreter does not run: that it compiles is shown here.
+The kernels for Hopper are in Gluon, which Triton's interpreter does not run: that they compile is shown here.
 Run as a program, because the tests' own process interprets kernels; it prints a JSON object from launches to counts.
 """
 
@@ -17,10 +17,11 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from batchproof.ops import _hopper, _hopper_product, scaled_mm
+from batchproof.ops import _hopper, _hopper_attention, _hopper_product, attention, scaled_mm
 
 KERNEL = scaled_mm._scaled_mm_kernel
 PRODUCT = _hopper_product._product_kernel
+PREFILL = _hopper_attention.prefill_kernel
 TARGET = GPUTarget("cuda", 90, 32)
 MOST_SHARED = 227 * 1024  # bytes of shared memory a program may have on Hopper
 
@@ -68,9 +69,37 @@ def compiled_product(shape: _hopper.Shape, fp8: bool, blocks: bool, static_weigh
     return triton.compile(source, target=TARGET, options=options)
 
 
+def compiled_prefill(name: str, dtype: Any, head_dim: int, page_size: int, options: bool) -> Any:
+    """The binary of attention's kernel for Hopper; ``options``: with a window, a soft cap and sinks, and not causal."""
+    box = [_hopper_attention.PAGE, _hopper_attention.COLUMNS.value]
+    descriptor = f"tensordesc<{name}{box},{gl.NVMMASharedLayout.get_default_for(box, dtype)!r}>"
+    constants: dict[str, Any] = {
+        "NUM_HEADS": 32, "GROUP": 4, "GROUP_PADDED": 4, "HEAD_DIM": head_dim, "TILE": attention.TILE,
+        "SPLIT": attention.SPLIT, "STAGES": _hopper_attention.STAGES, "PAGE_SIZE": page_size, "CAUSAL": not options,
+        "HAS_WINDOW": options, "HAS_SOFTCAP": options, "num_warps": 4,
+    }  # fmt: skip
+    types = {"k_desc": descriptor, "v_desc": descriptor, "q_ptr": f"*{name}", "out_ptr": f"*{name}"}
+    types |= {"odd_ptr": "*i32", "cu_seqlens_q_ptr": "*i32", "seqused_k_ptr": "*i32", "block_table_ptr": "*i32"}
+    types |= {"softmax_scale": "fp32", "softcap": "fp32"} | ({"sinks_ptr": "*fp32"} if options else {})
+    constants |= {} if options else {"sinks_ptr": None}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in PREFILL.arg_names}
+    aligned = {"q_ptr", "out_ptr", "odd_ptr", "q_token", "q_head"}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n in aligned}
+    source = GluonASTSource(PREFILL, signature, constants, attributes)
+    return triton.compile(source, target=TARGET, options={"num_warps": 4, "enable_fp_fusion": False})
+
+
 def main() -> None:
-    """Every tile and shape, with one scale a row and with blocks, aligned and not."""
+    """Every tile and shape, with one scale a row and with blocks, aligned and not; and the kernel of attention."""
     found = {}
+    for name, dtype, head_dim, page_size, options in (
+        ("bf16", gl.bfloat16, 128, 16, False), ("bf16", gl.bfloat16, 128, 64, True),
+        ("fp16", gl.float16, 128, 256, False), ("bf16", gl.bfloat16, 64, 32, True),
+    ):  # fmt: skip
+        binary = compiled_prefill(name, dtype, head_dim, page_size, options)
+        # of two consumers: scores, the sums of rows, and totals
+        steps = 2 * (head_dim // 16 + 2 * attention.TILE // 16)
+        found[f"attention, {name}, {head_dim=}, {page_size=}, {options=}"] = counts(binary, steps)
     for shape in (shape for _, shapes in _hopper.SHAPES for shape in shapes):
         for fp8, blocks, static in ((True, False, True), (True, True, False), (False, False, True)):
             binary = compiled_product(shape, fp8, blocks, static)
@@ -87,7 +116,7 @@ def counts(binary: Any, steps: int) -> dict[str, Any]:
     """What a binary is made of; ``steps``: wgmmas that a step along k has at least."""
     code = binary.asm["ptx"]
     return {
-        "wgmma": len(re.findall(r"wgmma\.mma_async\.\S*\.f32\.(?:e4m3\.e4m3|bf16\.bf16)", code)),
+        "wgmma": len(re.findall(r"wgmma\.mma_async\.\S*\.f32\.(?:e4m3\.e4m3|bf16\.bf16|f16\.f16)", code)),
         "mma.sync": len(re.findall(r"\bmma\.sync", code)),
         "fits": binary.metadata.shared <= MOST_SHARED,
         "steps of k": steps,

@@ -211,7 +211,7 @@ def _page_of(keys, begin, end, key_start, pages_ptr, PAGE_SIZE: tl.constexpr):
 )
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, largest_ptr, normaliser_ptr, total_ptr,
-    cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr, block_table_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr,
+    cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr, block_table_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, odd_ptr,
     num_tokens, table_width, q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row: tl.int64,
     softmax_scale: tl.float32, softcap: tl.float32, window, workers, splits,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -225,6 +225,7 @@ def attention_kernel(
     ``largest`` and ``normaliser`` [num_tokens, NUM_HEADS, splits] and ``total`` [.., splits, HEAD_DIM], where a
     sequence's splits are counted from the first that any of its queries sees; or to ``out`` if there is but one.
     ONE_TOKEN: no sequence has two queries.
+    ``odd`` [programs, 2]: if given, all is written but what programs with a flag there have; see ``_hopper_attention``.
     """
     wait_for_inputs(PDL)
     launch_dependents(PDL)
@@ -253,6 +254,10 @@ def attention_kernel(
     start_token = block * TOKENS
     if start_token >= num_queries:
         return
+    if odd_ptr is not None:
+        program = (sequence * tl.num_programs(1) + tl.program_id(1)) * blocks + block
+        if tl.max(tl.load(odd_ptr + program * 2 + tl.arange(0, 2)), axis=0) == 0:
+            return
 
     token = start_token + rows // GROUP_PADDED
     row_mask = (token < num_queries) & (rows // GROUP_PADDED < TOKENS) & (head_in_group < GROUP)

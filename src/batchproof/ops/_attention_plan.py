@@ -8,7 +8,18 @@ from dataclasses import dataclass, replace
 
 from ._triton import triton
 
-__all__ = ["BLOCKS", "DECODE", "DECODES", "WIDE_BLOCKS", "Block", "Plan", "block_for", "plan_for", "workers_for"]
+__all__ = [
+    "BLOCKS",
+    "DECODE",
+    "DECODES",
+    "PREFILL",
+    "WIDE_BLOCKS",
+    "Block",
+    "Plan",
+    "block_for",
+    "plan_for",
+    "workers_for",
+]
 
 FULL = 4  # programs for each of a GPU's multiprocessors: with fewer, splits are shared out
 MOST_SCRATCH = 2**28  # bytes of splits' results
@@ -25,7 +36,8 @@ class Block:
 
 DECODE = Block(16, 4, 3)
 DECODES = Block(16, 2, 2)  # where there are so many that bandwidth counts, not latency
-BLOCKS = (DECODE, Block(64, 4, 2), Block(128, 8, 3))  # the first that holds a sequence's rows, or the last
+PREFILL = Block(128, 8, 3)  # for which Hopper has a kernel of its own
+BLOCKS = (DECODE, Block(64, 4, 2), PREFILL)  # the first that holds a sequence's rows, or the last
 WIDE_BLOCKS = (Block(16, 4, 2), Block(64, 8, 2))  # heads of more than 128: an output of as many registers
 MANY = 2  # programs for each of a GPU's multiprocessors: then they hide each other's latency
 

@@ -21,6 +21,8 @@ Dao et al., Flash-Decoding, 2023 (splits of keys).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from ..errors import ArgumentError, ShapeError
 from ..registry import OpSpec, register_spec
 from ._attention_cpu import attend_paged, slots_of, visible_keys
 from ._attention_kernels import attention_kernel, merge_kernel
-from ._attention_plan import Block, plan_for
+from ._attention_plan import PREFILL, Block, plan_for
 from ._hopper import is_hopper
 from ._library import check_device, check_dtype, check_same, check_scalar, register_op, require_no_grad
 from ._row_launch import launch_options
@@ -96,6 +98,16 @@ def splits_for(context: int, max_seqlen_q: int, window: int, has_start: bool) ->
     return -(-min(bounds) // SPLIT)
 
 
+@lru_cache
+def _hopper_prefill() -> Callable[..., torch.Tensor | None] | None:
+    """The launch of the kernel for Hopper; None with a Triton that has no Gluon, or another."""
+    try:
+        from ._hopper_attention import launch
+    except ImportError:
+        return None
+    return launch
+
+
 def launch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -146,9 +158,16 @@ def launch(
         "SPLIT": SPLIT, "CAUSAL": causal, "HAS_WINDOW": window > 0, "HAS_START": k_start is not None,
         **launch_options(q),
     }  # fmt: skip
+    prefill = _hopper_prefill() if several and block is None and plan.block == PREFILL and plan.workers == 1 else None
+    odd = None  # what is left for attention_kernel to do; None for all
+    if prefill is not None and k_start is None and k_scale is None and v_scale is None:
+        odd = prefill(
+            q, k_cache, v_cache, out, *sequences[:2], block_table, sinks, softmax_scale, causal, window, softcap,
+            plan.grid, plan.group, TILE, SPLIT,
+        )  # fmt: skip
     with device_guard(q):
         attention_kernel[(*plan.grid[:2], plan.grid[2] * plan.workers)](
-            q, k_cache, v_cache, out, *parts, *sequences, block_table, sinks, k_scale, v_scale,
+            q, k_cache, v_cache, out, *parts, *sequences, block_table, sinks, k_scale, v_scale, odd,
             num_tokens, block_table.shape[1], *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
             block_table.stride(0), softmax_scale, softcap, window, plan.workers, splits,
             GROUP=num_heads // kv_heads, GROUP_PADDED=plan.group, ROWS=plan.block.rows, TILE=TILE,

@@ -1,0 +1,203 @@
+"""Prefill on Hopper: the bits of the kernel for all, and what it leaves to that."""
+
+import pytest
+import torch
+
+from batchproof.numerics import first_mismatch
+from batchproof.ops import _attention_plan as plans
+from batchproof.ops import _hopper_attention as hopper
+from batchproof.ops import attention as module
+from batchproof.ops._hopper import is_hopper
+from paged import Cache, assert_accurate, launched
+
+INF, NAN = float("inf"), float("nan")
+VARIANTS = [
+    {}, {"window": 70}, {"window": 700}, {"causal": False}, {"softcap": 5.0}, {"causal": False, "window": 300},
+    {"window": 9, "softcap": 5.0},
+]  # fmt: skip
+CASES = [  # heads, key heads, head_dim, dtype: 4, 1, 8, 3 and 32 rows a token
+    *((8, 2, 128, torch.bfloat16, options) for options in VARIANTS),
+    *((heads, kv_heads, 128, torch.bfloat16, {}) for heads, kv_heads in ((4, 4), (8, 1), (6, 2), (32, 1))),
+    *((6, 2, 64, torch.bfloat16, options) for options in VARIANTS[::3]),
+    *((8, 2, 128, torch.float16, options) for options in VARIANTS[::3]),
+]
+hostile = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's in the interpreter, about NaN
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel itself runs in the other tests")
+
+
+def test_caches_are_rows_of_slots_for_the_tma():
+    together = torch.zeros(6, 2, 16, 4, 64, dtype=torch.bfloat16)  # keys and values of a page after one another
+    assert hopper._places(together[:, 0]) == (32, 0, 64), "rows of a page, none and 64 columns of a head"
+    heads_first = torch.zeros(6, 4, 16, 64, dtype=torch.bfloat16).transpose(1, 2)
+    assert hopper._places(heads_first) == (64, 16, 0)
+    beside = torch.zeros(6, 16, 4, 128, dtype=torch.bfloat16)  # keys and values of a head beside one another
+    assert hopper._places(beside[..., :64]) == (16, 0, 128)
+    assert hopper._places(torch.zeros(6, 16, 1, 64, dtype=torch.bfloat16)) == (16, 0, 0)
+
+
+def test_a_cache_that_the_tma_cannot_read_is_left_to_the_other_kernel():
+    cache = torch.zeros(6, 16, 4, 64, dtype=torch.bfloat16)
+    assert hopper._places(cache[:, :8]) is None, "pages of 8 keys"
+    assert hopper._places(cache[:0]) is None, "no page"
+    assert hopper._places(cache.transpose(2, 3)) is None, "heads are the fastest axis"
+    assert hopper._places(torch.zeros(6, 16, 4, 65, dtype=torch.bfloat16)[..., 1:]) is None, "an odd address"
+    assert hopper._places(torch.zeros(6, 16, 1, 68, dtype=torch.bfloat16)[..., :64]) is None, "rows of 136 bytes"
+    assert hopper._places(torch.zeros(6, 16, 2, 68, dtype=torch.bfloat16)[..., :64]) is None, "heads of 136 bytes"
+    ragged = torch.zeros(6 * 1030, dtype=torch.bfloat16).as_strided((6, 16, 1, 64), (1030, 64, 64, 1))
+    assert hopper._places(ragged) is None, "a page is no whole number of slots"
+
+
+@hostile
+@interpreted
+def test_only_what_is_odd_is_computed_again(monkeypatch, generator):
+    """The kernel for all writes the rows past what there is room for, and the programs that have a flag."""
+    cache = Cache(generator, [200, 70], 4, 2, 16, torch.float16)
+    arguments = cache.arguments({0: (0, 200), 1: (0, 70)})
+    expected = launched(arguments, 1)
+    programs = {}
+
+    def prefill(q, *rest):
+        out, grid = rest[2], rest[-4]
+        programs["grid"], programs["out"] = grid, out.fill_(7.0)
+        odd = torch.zeros(*grid, 2, dtype=torch.int32)
+        odd[0, 1, 2, 1] = odd[1, 0, 1, 0] = 1
+        return odd.flatten()
+
+    monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    monkeypatch.setattr(module, "_hopper_prefill", lambda: prefill)
+    out = launched(arguments, 1)
+    assert programs["grid"] == (2, 2, 4), "of 64 tokens each"
+    again = torch.zeros(270, 4, dtype=torch.bool)
+    again[128:192, 2:] = again[200 + 64 : 270, :2] = True
+    assert first_mismatch(out[again], expected[again]) is None
+    assert bool((out[~again] == 7.0).all())
+
+
+@hostile
+@interpreted
+@pytest.mark.parametrize("given", ["block", "k_start", "k_scale", "v_scale", "fp32"])
+def test_what_the_kernel_for_hopper_is_not_asked_for(given, monkeypatch, generator):
+    cache = Cache(generator, [200], 4, 2, 16, torch.float32 if given == "fp32" else torch.float16)
+    arguments, block = cache.arguments({0: (0, 200)}), plans.PREFILL if given == "block" else None
+    if given == "k_start":
+        arguments["k_start"] = torch.zeros(1, dtype=torch.int32)
+    elif given.endswith("scale"):
+        arguments[given] = torch.ones(1)
+    monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    monkeypatch.setattr(module, "_hopper_prefill", lambda: pytest.fail)
+    launched(arguments, 1, block)
+
+
+def taken(monkeypatch):
+    """The flags of every launch of the kernel for Hopper, in a list that grows."""
+    flags, launch = [], hopper.launch
+
+    def note(*arguments):
+        flags.append(launch(*arguments))
+        return flags[-1]
+
+    monkeypatch.setattr(module, "_hopper_prefill", lambda: note)
+    return flags
+
+
+@pytest.fixture
+def on_hopper(generator):
+    if not is_hopper(generator.device):
+        pytest.skip("needs a Hopper GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dtype", "options"), CASES)
+def test_prefill_has_the_bits_of_decode(heads, kv_heads, head_dim, dtype, options, monkeypatch, generator):
+    """Whole, a chunk behind a cached prefix, and among others: as the other kernel has them with 16 rows a program."""
+    flags = taken(monkeypatch)
+    cache = Cache(generator, [1500, 130, 5, 600], heads, kv_heads, head_dim, dtype)
+    cache.q[0] *= 4.0  # scores of a wide range
+    cache.v[0] *= 2.0 ** torch.randint(-9, 9, cache.v[0].shape, generator=generator, device=generator.device)
+    options = {"sinks": cache.randn(heads), **options} if heads == 8 else options
+    spans = {0: (0, 1500), 1: (0, 130), 2: (4, 5), 3: (513, 600)}
+    arguments = cache.arguments(spans, page_size=16, fill=1.0, **options)
+    expected = launched(arguments, 1, plans.DECODE)
+    assert not flags
+    assert_accurate(expected, arguments)
+    for page_size in (16, 256):
+        out = launched(cache.arguments(spans, page_size=page_size, fill=1.0, **options), 1)
+        assert first_mismatch(out, expected) is None, f"pages of {page_size}"
+    late = launched(cache.arguments({3: (0, 600), 0: (1055, 1500)}, page_size=16, **options), 1)
+    assert first_mismatch(late[513:600], expected[-87:]) is None, "a chunk among others"
+    assert first_mismatch(late[600:], expected[1055:1500]) is None, "the end of a sequence"
+    assert len(flags) == 3
+    assert not any(bool(of.any()) for of in flags)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("options", [{}, {"window": 90}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@hostile
+def test_what_a_row_does_not_see_cannot_reach_it(bad, options, monkeypatch, generator):
+    """Unused slots, later keys and other sequences may hold anything."""
+    flags = taken(monkeypatch)
+    cache = Cache(generator, [1100, 300], 8, 2, 128, torch.bfloat16)
+    spans = {0: (0, 1100), 1: (0, 300)}
+    clean = launched(cache.arguments(spans, **options), 1, plans.DECODE)
+    unused = launched(cache.arguments(spans, fill=bad, **options), 1)
+    assert first_mismatch(unused, clean) is None, "unused slots"
+    assert bool(flags[-1].any()), "the tail of the last page is multiplied, and its program is to be done again"
+    cache.v[0][700:703], cache.k[1][200] = bad, bad
+    arguments = cache.arguments(spans, **options)
+    out = launched(arguments, 1)
+    torch.testing.assert_close(
+        out, launched(arguments, 1, plans.DECODE), rtol=0.0, atol=0.0, equal_nan=True, msg="seen values"
+    )
+    if options.get("causal", True):
+        assert first_mismatch(out[:700], clean[:700]) is None, "keys after a query"
+        assert first_mismatch(out[1100:1300], clean[1100:1300]) is None
+    assert not bool(out[700].isfinite().all())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
+def test_layouts_of_the_cache_and_of_queries(monkeypatch, generator):
+    """As engines have them: keys and values of a page in one tensor, heads before slots; queries cut from qkv."""
+    flags = taken(monkeypatch)
+    cache = Cache(generator, [900], 8, 2, 128, torch.bfloat16)
+    arguments = cache.arguments({0: (100, 900)})
+    expected = launched(arguments, 1, plans.DECODE)
+    pages = len(arguments["k_cache"])
+    both = torch.stack([arguments["k_cache"], arguments["v_cache"]], dim=1)
+    qkv = torch.full((800, 12, 128), NAN, dtype=torch.bfloat16, device=generator.device)
+    qkv[:, :8] = arguments["q"]
+    heads_first = {
+        name: arguments[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("k_cache", "v_cache")
+    }
+    for change in ({"k_cache": both[:, 0], "v_cache": both[:, 1]}, heads_first, {"q": qkv[:, :8]}):
+        out = launched({**arguments, **change}, 1)
+        assert first_mismatch(out, expected) is None, [*change]
+    assert len(flags) == 3
+    assert all(of is not None for of in flags)
+    odd = torch.zeros(pages, 16, 2, 129, dtype=torch.bfloat16, device=generator.device)[..., 1:]
+    odd.copy_(arguments["k_cache"])
+    assert first_mismatch(launched({**arguments, "k_cache": odd}, 1), expected) is None
+    assert flags[-1] is None, "rows of 258 bytes are the other kernel's"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
+def test_a_graph_s_replay_and_wrong_lengths(monkeypatch, generator):
+    taken(monkeypatch)
+    cache = Cache(generator, [700, 300], 8, 2, 128, torch.bfloat16)
+    arguments = cache.arguments({0: (0, 700), 1: (0, 300)})
+    expected = launched(arguments, 1, plans.DECODE)
+    graph = torch.cuda.CUDAGraph()
+    launched(arguments, 1)
+    with torch.cuda.graph(graph):
+        out = launched(arguments, 1)
+    out.fill_(NAN)
+    graph.replay()
+    assert first_mismatch(out, expected) is None
+    arguments["seqused_k"][1] = 0  # an empty sequence whose queries see nothing
+    graph.replay()
+    assert first_mismatch(out[:700], expected[:700]) is None
+    assert bool((out[700:] == 0.0).all())
