@@ -696,3 +696,12 @@ def test_a_plan_is_made_of_shapes(sequences, queries, splits, block, grid, worke
     plan = plans.plan_for(shape, sequences, 8, queries, splits, True, multiprocessors=132)
     tokens = 1 if queries == 1 else block.rows // 4
     assert plan == plans.Plan(block, 4, tokens, grid, workers)
+
+
+@pytest.mark.parametrize(("queries", "workers"), [(512, 1), (192, 1), (128, 16), (64, 16)])
+def test_the_kernel_for_hopper_needs_no_workers_unless_its_programs_are_few(queries, workers):
+    """Of 8 key heads and 4 query heads each, 32 tokens are a program: 128 of them, 48, 32 and 16."""
+    shape, splits = (queries, 32, 128), 16
+    plan = plans.plan_for(shape, 1, 8, queries, splits, True, multiprocessors=132, hopper=True)
+    assert plan.workers == workers
+    assert plans.plan_for(shape, 1, 8, queries, splits, True, multiprocessors=132).workers > 1

@@ -39,6 +39,7 @@ DECODES = Block(16, 2, 2)  # where there are so many that bandwidth counts, not 
 PREFILL = Block(128, 8, 3)  # for which Hopper has a kernel of its own
 BLOCKS = (DECODE, Block(64, 4, 2), PREFILL)  # the first that holds a sequence's rows, or the last
 WIDE_BLOCKS = (Block(16, 4, 2), Block(64, 8, 2))  # heads of more than 128: an output of as many registers
+FEW = 3  # programs of the kernel for Hopper that there are multiprocessors for: with fewer, splits are shared out
 MANY = 2  # programs for each of a GPU's multiprocessors: then they hide each other's latency
 
 
@@ -86,10 +87,12 @@ class Plan:
 def plan_for(
     q_shape: Sequence[int], num_sequences: int, kv_heads: int, max_seqlen_q: int, splits: int, several: bool,
     multiprocessors: int, workers: int | None = None, block: Block | None = None,
+    hopper: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of a batch, from its shapes; ``workers`` and ``block`` if they are not to be chosen.
 
-    ``several``: as ``block_for`` takes it. ``splits``: as ``splits_for`` gives them.
+    ``several``: as ``block_for`` takes it. ``splits``: as ``splits_for`` gives them. ``hopper``: whether the kernel for
+    Hopper is for it, which is so much faster that its programs need no help, unless they are few.
     """
     num_tokens, num_heads, head_dim = q_shape
     group = triton.next_power_of_2(num_heads // kv_heads)
@@ -97,7 +100,9 @@ def plan_for(
     tokens = 1 if max_seqlen_q == 1 else chosen.rows // group
     grid = (num_sequences, kv_heads, triton.cdiv(max_seqlen_q, tokens))
     programs = math.prod(grid)
-    if workers is None:
+    if workers is None and hopper and chosen is PREFILL and programs * FEW >= multiprocessors:
+        workers = 1
+    elif workers is None:
         scratch = 4 * num_tokens * num_heads * splits * (head_dim + 2)
         workers = workers_for(programs, splits, scratch, multiprocessors)
     # Without workers, of which a launch has as many as the block table has room for splits: most may find no key

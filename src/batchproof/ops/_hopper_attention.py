@@ -30,7 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._triton import device_guard
 
-__all__ = ["HEAD_DIMS", "ROWS", "launch", "prefill_kernel"]
+__all__ = ["HEAD_DIMS", "ROWS", "launch", "prefill_kernel", "takes"]
 
 ROWS = 128  # query rows of a program: of two consumers
 HEAD_DIMS = (64, 128)
@@ -301,31 +301,40 @@ def _descriptor(cache: torch.Tensor, places: tuple[int, int, int]) -> Any:
     return TensorDescriptor(cache, [rows, columns], [cache.stride(1), 1], box, layout)
 
 
+def takes(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether the kernel is for these: their dtypes and head size, and caches that the TMA can read."""
+    places = _places(k_cache)
+    return (
+        q.dtype in DTYPES
+        and k_cache.dtype == q.dtype
+        and q.shape[2] in HEAD_DIMS
+        and places is not None
+        and _places(v_cache) == places
+        and k_cache.shape[0] * places[0] < 2**31
+    )
+
+
 def launch(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor, cu_seqlens_q: torch.Tensor,
     seqused_k: torch.Tensor, block_table: torch.Tensor, sinks: torch.Tensor | None, softmax_scale: float,
     causal: bool, window: int, softcap: float, grid: tuple[int, int, int], group: int, tile: int, split: int,
-) -> torch.Tensor | None:  # fmt: skip
-    """Write the outputs of a grid of (sequences, key heads, blocks of ROWS rows) to ``out``, if it can.
+) -> torch.Tensor:  # fmt: skip
+    """Write the outputs of a grid of (sequences, key heads, blocks of ROWS rows) to ``out``, of what it ``takes``.
 
     ``group``: rows of one token, a power of two. Everything else is as ``attention.launch`` has it.
 
     Returns:
-        [programs * 2] int32, what is to be computed again (see ``prefill_kernel``); None if it is not for this kernel.
+        [programs * 2] int32, what is to be computed again; see ``prefill_kernel``.
     """
-    head_dim = q.shape[2]
     places = _places(k_cache)
-    if q.dtype not in DTYPES or k_cache.dtype != q.dtype or head_dim not in HEAD_DIMS:
-        return None
-    if places is None or _places(v_cache) != places or k_cache.shape[0] * places[0] >= 2**31:
-        return None
+    assert places is not None, "takes says no"
     odd = torch.empty(2 * grid[0] * grid[1] * grid[2], dtype=torch.int32, device=q.device)
     with device_guard(q):
         prefill_kernel[grid](
             _descriptor(k_cache, places), _descriptor(v_cache, places), q, out, odd, sinks,
             cu_seqlens_q, seqused_k, block_table, q.stride(0), q.stride(1), block_table.stride(0), *places,
             softmax_scale, softcap, window, NUM_HEADS=q.shape[1], GROUP=q.shape[1] // k_cache.shape[2],
-            GROUP_PADDED=group, HEAD_DIM=head_dim, TILE=tile, SPLIT=split, STAGES=STAGES, PAGE_SIZE=k_cache.shape[1],
+            GROUP_PADDED=group, HEAD_DIM=q.shape[2], TILE=tile, SPLIT=split, STAGES=STAGES, PAGE_SIZE=k_cache.shape[1],
             CAUSAL=causal, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0.0, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return odd

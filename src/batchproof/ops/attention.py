@@ -21,8 +21,8 @@ Dao et al., Flash-Decoding, 2023 (splits of keys).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -99,13 +99,13 @@ def splits_for(context: int, max_seqlen_q: int, window: int, has_start: bool) ->
 
 
 @lru_cache
-def _hopper_prefill() -> Callable[..., torch.Tensor | None] | None:
-    """The launch of the kernel for Hopper; None with a Triton that has no Gluon, or another."""
+def _hopper() -> ModuleType | None:
+    """The module of the kernel for Hopper; None with a Triton that has no Gluon, or another."""
     try:
-        from ._hopper_attention import launch
+        from . import _hopper_attention
     except ImportError:
         return None
-    return launch
+    return _hopper_attention
 
 
 def launch(
@@ -146,8 +146,13 @@ def launch(
     context = block_table.shape[1] * k_cache.shape[1]
     several = q.dtype != torch.float32 and is_hopper(q.device)
     splits = splits_for(context, max_seqlen_q, window, k_start is not None)
+    as_it_is = block is None and k_start is None and k_scale is None and v_scale is None
+    hopper = _hopper() if several and as_it_is else None
+    if hopper is not None and not hopper.takes(q, k_cache, v_cache):
+        hopper = None
     plan = plan_for(
-        q.shape, num_sequences, kv_heads, max_seqlen_q, splits, several, processors(q.device), workers, block
+        q.shape, num_sequences, kv_heads, max_seqlen_q, splits, several, processors(q.device), workers, block,
+        hopper is not None,
     )  # fmt: skip
     parts: list[torch.Tensor | None] = [None] * 3  # largest scores, normalisers, totals
     if plan.workers > 1:
@@ -158,10 +163,9 @@ def launch(
         "SPLIT": SPLIT, "CAUSAL": causal, "HAS_WINDOW": window > 0, "HAS_START": k_start is not None,
         **launch_options(q),
     }  # fmt: skip
-    prefill = _hopper_prefill() if several and block is None and plan.block == PREFILL and plan.workers == 1 else None
     odd = None  # what is left for attention_kernel to do; None for all
-    if prefill is not None and k_start is None and k_scale is None and v_scale is None:
-        odd = prefill(
+    if hopper is not None and plan.block == PREFILL and plan.workers == 1:
+        odd = hopper.launch(
             q, k_cache, v_cache, out, *sequences[:2], block_table, sinks, softmax_scale, causal, window, softcap,
             plan.grid, plan.group, TILE, SPLIT,
         )  # fmt: skip
