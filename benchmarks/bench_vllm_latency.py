@@ -3,8 +3,8 @@
 Repeats the experiment of vLLM's PR 40413, which fused the residual add into the batch-invariant norm: a batch of 8 with
 32 tokens in and 128 out. The engines of all variants and flags start side by side on the one GPU, because starting one
 takes minutes. Only when each is ready, or has failed, are they measured: strictly one at a time, the others idle, in
-interleaved rounds of which every second goes backwards. Each is then profiled once, for the kernels of a decode step. A
-variant that fails is in the result as missing, with the reason.
+interleaved rounds of which every second goes backwards. Each is then profiled once, for what runs in a decode step and
+the time that each kernel adds to it. A variant that fails is in the result as missing, with the reason.
 
 Without ``+rms_norm``, as under the default flags, vLLM compiles a norm that neither the change nor variant a touches:
 there is no variant a there.
@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from errors import Refused
-from vllm_tables import kernels_rows, latency_rows
-from vllm_worker import BATCH, PROMPT, write
+from timing import copy_gbps, release_memory
+from vllm_tables import kernels_rows, latency_rows, step_rows
+from vllm_worker import BATCH, PROMPT, TOKENS, write
 
 HERE = Path(__file__).parent
 WORKER = HERE / "vllm_worker.py"
@@ -93,6 +94,10 @@ MODEL = {
         "config_groups": {"group_0": _LAYERS},
     },
 }  # fmt: skip
+SHAPES = (  # of MODEL, for the floor of a step
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
 POLL_S = 0.1
 
 
@@ -116,6 +121,8 @@ def run(options: argparse.Namespace, script: Path = WORKER) -> dict[str, Any]:
     logs = options.logs or Path(tempfile.mkdtemp(prefix="vllm_latency_logs_"))
     logs.mkdir(parents=True, exist_ok=True)
     print(f"logs in {logs}", flush=True)
+    gbps = copy_gbps()
+    release_memory()  # the engines need it
     with tempfile.TemporaryDirectory(prefix="vllm_latency_") as temporary:
         common = _common(options, Path(temporary))
         plugins = write_plugins(Path(temporary) / "plugins")
@@ -132,8 +139,9 @@ def run(options: argparse.Namespace, script: Path = WORKER) -> dict[str, Any]:
         rows, kernels, versions = _measure(launches, options)
     if all(row["median_s"] is None for row in rows):
         raise Refused("no variant could be measured:\n" + "\n".join(f"{row['name']}: {row['missing']}" for row in rows))
-    result = _settings(options, variants, common) | versions | {"rows": rows, "kernels": kernels}
-    print(f"\n{latency_rows(result)}\n\n{kernels_rows(result)}\n", flush=True)
+    result = _settings(options, variants, common) | {"copy_gbps": round(gbps, 1)} | versions
+    result |= {"rows": rows, "kernels": kernels}
+    print(f"\n{latency_rows(result)}\n\n{kernels_rows(result)}\n\n{step_rows(result)}\n", flush=True)
     return result
 
 
@@ -262,9 +270,9 @@ def _profile(workers: Mapping[str, Worker], timeout: float, missing: dict[str, s
 
     def profile(key: str) -> None:
         worker = workers[key]
-        listed = worker.ask("profile", timeout)["kernels"]
-        total = round(sum(count for _, count, _ in listed), 2)
-        kernels.append({"flags": worker.flags, "variant": worker.variant, "total": total, "kernels": listed})
+        answer = worker.ask("profile", timeout)
+        total = round(sum(count for _, count, _ in answer["kernels"]), 2)
+        kernels.append({"flags": worker.flags, "variant": worker.variant, "total": total} | answer)
         print(f"{worker.name}: {total:g} kernels in a decode step", flush=True)
 
     _each(workers, list(workers), missing, profile)
@@ -383,4 +391,6 @@ def _settings(options: argparse.Namespace, variants: Sequence[str], common: Sequ
         "flags": {flags: FLAGS[flags] for flags in options.flags},
         "common_flags": list(common),
         "original": PUBLISHED,
+        "context": PROMPT + TOKENS // 2,  # tokens of a request in the middle of the profile
+        **({} if options.model else {"shapes": {key: MODEL[key] for key in SHAPES}}),
     }

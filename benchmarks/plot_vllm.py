@@ -1,6 +1,7 @@
-"""Draw the vLLM latency benchmark: seconds of each variant, one panel a set of flags, beside the published figures.
+"""Draw the vLLM latency benchmark: seconds of each variant beside the published figures, and what a step consists of.
 
-``python benchmarks/plot_vllm.py`` writes docs/vllm_latency_<device>.png.
+``python benchmarks/plot_vllm.py`` writes docs/vllm_latency_<device>.png, with a panel for each set of flags, and
+docs/vllm_step_<device>.png where the result files have decode steps as read from a trace.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plot import COLORS, OUR_COLOR, parse
-from vllm_tables import joined
+from vllm_tables import NOTHING, STEP_ORDER, floor_us, joined, step_by_kind, step_entries
 
 HERE = Path(__file__).parent
 BAR_COLORS = {
@@ -27,6 +28,7 @@ BAR_COLORS = {
     "g": "#062558",
     "e": "0.7",
 }
+STEP_COLORS = dict(zip(STEP_ORDER, ("#3d69b3", "#009e73", "#e69f00", "#cc79a7", "#8c564b", "#56b4e9"), strict=True))
 TITLES = {"original": "here, the same flags", "default": "here, vLLM's default flags"}
 
 Bar = tuple[str, float | None, str]  # label, seconds, color
@@ -56,13 +58,40 @@ def latency(result: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+def step(result: Mapping[str, Any], path: Path) -> None:
+    """A bar a variant, of the microseconds that each kind of kernels adds to a decode step, and the floor as a line."""
+    entries, floor = step_entries(result), sum(floor_us(result).values())
+    panels: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for (flags, variant), entry in entries.items():
+        panels.setdefault(flags, []).append((result["variants"][variant], entry))
+    heights = [len(bars) + 1.2 for bars in panels.values()]
+    figure = Figure(figsize=(9, 0.42 * sum(heights) + 1.7), dpi=120, layout="constrained")
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}).flatten()
+    for axes, (flags, bars) in zip(grid, panels.items(), strict=True):
+        _stack(axes, bars)
+        if floor:
+            axes.axvline(floor, color="black", linestyle="--", linewidth=1, label=f"floor: {floor:.0f} us")
+        _finish(axes, f"flags: {flags}", [name for name, _ in bars])
+    grid[-1].set_xlim(0, max(entry["step_us"] for entry in entries.values()) * 1.12)
+    grid[-1].set_xlabel("microseconds (shorter is faster), under the profiler")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    device = result["device"].removeprefix("NVIDIA ")
+    title = f"{result['model']} in vLLM {result['vllm']}, {device}: a decode step of a batch of {result['batch']}"
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    figure.savefig(path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw the plot of one device."""
+    """Draw the plots of one device."""
     options = parse(__doc__, arguments)
-    path = options.out / f"vllm_latency_{options.device}.png"
     files = sorted((options.results / options.device).glob("vllm_latency*.json"))
-    latency(joined([json.loads(file.read_text()) for file in files]), path)
-    print(f"written to {path}")
+    result = joined([json.loads(file.read_text()) for file in files])
+    plots = {"latency": latency, "step": step} if step_entries(result) else {"latency": latency}
+    for name, draw in plots.items():
+        path = options.out / f"vllm_{name}_{options.device}.png"
+        draw(result, path)
+        print(f"written to {path}")
     return 0
 
 
@@ -76,7 +105,23 @@ def _draw(axes: Axes, title: str, bars: Sequence[Bar]) -> None:
             text += f"  ({seconds / reference - 1:+.1%})"
         weight = "bold" if color == OUR_COLOR else "normal"
         axes.text(seconds or 0.0, place, f" {text}", va="center", ha="left", fontsize=9, fontweight=weight)
-    axes.set_yticks(places, [label for label, _, _ in bars])
+    _finish(axes, title, [label for label, _, _ in bars])
+
+
+def _stack(axes: Axes, bars: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    kinds = [step_by_kind(entry) | {NOTHING: (0.0, entry["gap_us"])} for _, entry in bars]
+    left = [0.0] * len(bars)
+    for kind in (*STEP_ORDER, NOTHING):
+        widths = [groups.get(kind, (0.0, 0.0))[1] for groups in kinds]
+        color, hatch = ("0.9", "///") if kind == NOTHING else (STEP_COLORS[kind], None)
+        axes.barh(range(len(bars)), widths, left=left, height=0.72, label=kind, color=color, hatch=hatch, linewidth=0)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for place, (_, entry) in enumerate(bars):
+        axes.text(entry["step_us"], place, f" {entry['step_us']:.0f} us", va="center", ha="left", fontsize=9)
+
+
+def _finish(axes: Axes, title: str, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_title(title, loc="left", fontsize=10)
     axes.tick_params(axis="y", length=0)

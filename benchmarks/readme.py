@@ -132,6 +132,7 @@ def pages() -> dict[Path, Blocks]:
         "vllm exactness h200": lambda: vllm_tables.exactness_table(exactness, every=True),
         "vllm products h200": lambda: vllm_tables.products_line(load(vllm_tables.PRODUCTS)),
         "vllm kernels h200": lambda: vllm_tables.kernels_table(latency),
+        "vllm step": lambda: vllm_tables.step_table(latency),
     }
     audited = load(audit_tables.PATH)
     blocks["what varies summary h200"] = lambda: audit_tables.summary(audited)

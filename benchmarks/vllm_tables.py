@@ -11,22 +11,31 @@ PATHS = (PATH, "h200/vllm_latency_default.json")  # one run for each set of flag
 PRODUCTS = "h200/vllm_exactness_products.json"  # of a later commit, with batchproof's linear layers
 # The first kind whose pattern is in a kernel's name is the kernel's kind.
 KINDS = {
-    "activation": r"silu|gelu|act_and_mul",
+    "activation": r"silu|gelu|act_and_mul|activation",
     "norm with quantisation": r"(norm|rsqrt).*(quant|fp8|clamp)|quant.*norm",
     "norm": r"norm|rsqrt",
     "quantisation": r"quant|fp8_e4m3|clamp",
     "attention and KV cache": r"attention|attn|flash|^merge_kernel|reshape_and_cache|rotary|reduce_segments",
     "matrix products": r"gemm|cutlass|nvjet|matmul|cublas|splitk|gemv|mm_kernel|product_kernel",
     "residual add": r"fused_add|functor_add",
+    "copies and fills": r"^mem(cpy|set)( |$)",
     "others": r"",
 }
+STEP_VARIANTS = ("e", "b", "g")  # vLLM's two modes, and all of batchproof
+_QUANTISED = "norms and quantisation"  # one kernel here, two there
+STEP_KINDS = {"norm with quantisation": _QUANTISED, "norm": _QUANTISED, "residual add": _QUANTISED}
+STEP_KINDS |= {"quantisation": _QUANTISED}
+STEP_ORDER = ("matrix products", "attention and KV cache", _QUANTISED, "activation", "others", "copies and fills")
+NOTHING = "nothing runs"
 
 Result = Mapping[str, Any]
 
 
 def joined(results: Sequence[Result]) -> dict[str, Any]:
     """Runs of the same benchmark under different flags as one result, with the fewest rounds and iterations of any."""
-    whole = dict(results[0])
+    whole: dict[str, Any] = {}
+    for result in reversed(results):  # the first's facts, where it has them
+        whole |= result
     whole["flags"] = {name: words for result in results for name, words in result["flags"].items()}
     whole |= {key: [row for result in results for row in result[key]] for key in ("rows", "kernels")}
     return whole | {key: min(result[key] for result in results) for key in ("rounds", "iterations")}
@@ -113,6 +122,87 @@ def kernels_rows(result: Result) -> str:
             if len({count for count, _ in figures.values()}) > 1:
                 lines.append(_line(flags, kind, figures, result))
     return "\n".join(lines)
+
+
+def step_table(result: Result, paths: Sequence[str] = PATHS) -> str:
+    """A decode step, kernel by kernel, with its plot and caption; nothing where no step was read from a trace."""
+    if not step_entries(result):
+        return ""
+    caption = (
+        f"Launches in one decode step of a batch of {result['batch']} and the microseconds that they add to it, "
+        f"{result['device']}, vLLM {result['vllm']}, {result['model']}, {result['context']} tokens a request. A kernel "
+        "adds the time from the latest end of those that started before it to its own end, so that all of them and "
+        "the time when nothing runs are the step, though kernels start early. A step goes from its first "
+        "kernel to the next step's, and is the median of those in the middle of a profiled run that launch the same "
+        "kernels; the last row is the seconds of the benchmark, which has no profiler, over its tokens out. Floor: "
+        f"what a kind has to move, once, at the {result['copy_gbps']:.0f} GB/s of a copy in the same run: weights; "
+        "keys and values; what norms and activations read and write if their output is quantised at once "
+        f"({_files(paths)})."
+    )
+    picture = f"vllm_step_{paths[0].split('/')[0]}.png"
+    return f"### A decode step, kernel by kernel\n\n![A decode step]({picture})\n\n{step_rows(result)}\n\n{caption}"
+
+
+def step_rows(result: Result) -> str:
+    """The table alone: kinds of kernels, the time when nothing runs, the step, and the step without a profiler."""
+    entries, floor = step_entries(result), floor_us(result)
+    names = [result["variants"][variant] for variant in STEP_VARIANTS if variant in result["variants"]]
+    lines = [f"| flags | kernels | floor, us | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
+    seconds = {_key(row): row["median_s"] for row in result["rows"]}
+    for flags in dict.fromkeys(flags for flags, _ in entries):
+        found = {variant: entry for (under, variant), entry in entries.items() if under == flags}
+        kinds = {variant: step_by_kind(entry) for variant, entry in found.items()}
+        for kind in STEP_ORDER:
+            figures = {variant: groups.get(kind, (0.0, 0.0)) for variant, groups in kinds.items()}
+            if any(count for count, _ in figures.values()):
+                lines.append(_step_line(flags, kind, floor.get(kind), figures, result))
+        gaps = {variant: (None, entry["gap_us"]) for variant, entry in found.items()}
+        lines.append(_step_line(flags, NOTHING, None, gaps, result))
+        whole = {v: (sum(count for count, _ in kinds[v].values()), entry["step_us"]) for v, entry in found.items()}
+        lines.append(_step_line(flags, "**step**", sum(floor.values()) or None, whole, result))
+        timed = {v: (None, 1e6 * s / result["output_tokens"]) for v in found if (s := seconds.get((flags, v)))}
+        lines.append(_step_line(flags, "without the profiler", None, timed, result))
+    return "\n".join(lines)
+
+
+def step_entries(result: Result) -> dict[tuple[str, str], Result]:
+    """What was read of decode steps, by flags and variant, in the order in which they are shown."""
+    found = {_key(entry): entry for entry in result["kernels"] if "step_us" in entry}
+    return {(flags, v): found[flags, v] for flags, _ in _flags(result) for v in STEP_VARIANTS if (flags, v) in found}
+
+
+def step_by_kind(entry: Result) -> dict[str, tuple[float, float]]:
+    """(launches, microseconds added) of each kind of what runs in a step."""
+    groups: dict[str, tuple[float, float]] = {}
+    for name, launches, added, _ in entry["added"]:
+        kind = kind_of(name)
+        kind = STEP_KINDS.get(kind, kind)
+        count, us = groups.get(kind, (0.0, 0.0))
+        groups[kind] = (count + launches, us + added)
+    return groups
+
+
+def floor_us(result: Result) -> dict[str, float]:
+    """Microseconds that each kind of kernels needs to move its bytes once, at the bandwidth of a copy in the run.
+
+    For the model of the benchmark: fp8 weights, but a bf16 language model's head; bf16 activations and cache.
+    """
+    if "shapes" not in result:
+        return {}
+    shapes, batch = result["shapes"], result["batch"]
+    layers, hidden, inner = (shapes[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    queries = shapes["num_attention_heads"] * shapes["head_dim"]
+    keys_and_values = 2 * shapes["num_key_value_heads"] * shapes["head_dim"]
+    weights = layers * (hidden * (2 * queries + keys_and_values) + 3 * hidden * inner)
+    rows = layers * batch
+    moved = {
+        "matrix products": weights + 2 * shapes["vocab_size"] * hidden,
+        "attention and KV cache": rows * result["context"] * 2 * keys_and_values,
+        # Two norms read both halves of a sum and write it and fp8; attention's output to fp8; the last norm, to bf16.
+        _QUANTISED: rows * (2 * (3 * 2 + 1) * hidden + (2 + 1) * queries) + batch * 3 * 2 * hidden,
+        "activation": rows * (2 * 2 + 1) * inner,
+    }
+    return {kind: count / (1e3 * result["copy_gbps"]) for kind, count in moved.items()}
 
 
 def _files(paths: Sequence[str]) -> str:
@@ -218,6 +308,16 @@ def _line(flags: str, kind: str, figures: Mapping[str, tuple[float, float]], res
     for variant in result["variants"]:
         count, us = figures.get(variant, (None, 0.0))
         cells.append("-" if count is None else f"{count:g} ({us:.0f} us)" if count else "0")
+    return f"| {flags} | {kind} | {' | '.join(cells)} |"
+
+
+def _step_line(
+    flags: str, kind: str, floor: float | None, figures: Mapping[str, tuple[float | None, float]], result: Result
+) -> str:
+    cells = ["" if floor is None else f"{floor:.0f}"]
+    for variant in (variant for variant in STEP_VARIANTS if variant in result["variants"]):
+        count, us = figures.get(variant, (0.0, 0.0))
+        cells.append(f"{us:.0f} us" if count is None else f"{count:.4g} ({us:.0f} us)" if count else "-")
     return f"| {flags} | {kind} | {' | '.join(cells)} |"
 
 

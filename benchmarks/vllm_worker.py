@@ -14,28 +14,47 @@ import itertools
 import json
 import os
 import re
+import statistics
 import sys
 import time
 import traceback
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 BATCH, PROMPT = 8, 32  # requests, and tokens in each, as vllm bench latency has them unless told otherwise
-SHORT, LONG = 9, 17  # tokens out of two profiled runs, which differ by decode steps and by nothing else
-TRIES = 6  # times both are recorded, until two traces differ by decode steps alone
+TOKENS = 33  # out of the profiled run; the requests may be admitted, and end, in several steps
+ENDS = 2  # decode steps left out at the beginning and at the end
+FEWEST = 4  # alike decode steps that a profile needs
 FULL = f"execute_context_0(0)_generation_{BATCH}({BATCH})"  # vLLM's name for a decode step of the whole batch
 POLL_S = 0.05
 
 Action = Callable[[], dict[str, Any]]
 
 
-class Trace(NamedTuple):
-    """What counts of a trace: the engine's steps by name, and (launches, microseconds) of each kernel by name."""
+class Span(NamedTuple):
+    """A time on the GPU, in microseconds: of a kernel, of a copy or fill, or of a step as vLLM annotates it."""
 
-    steps: Counter[str]
-    kernels: dict[str, tuple[int, float]]
+    name: str
+    category: str
+    stream: Any
+    start: float
+    end: float
+
+
+class Step(NamedTuple):
+    """A decode step: its microseconds, and what ran with (what it adds, the time before it when nothing ran)."""
+
+    length: float
+    spans: list[tuple[Span, float, float]]
+
+    def kernels(self, stream: Any) -> frozenset[tuple[str, int]]:
+        """How often each kernel was launched in a stream; copies in others end in this step or in the next."""
+        launched = Counter(span.name for span, _, _ in self.spans if (span.category, span.stream) == ("kernel", stream))
+        return frozenset(launched.items())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -90,7 +109,7 @@ def build(flags: Sequence[str], folder: Path, name: str) -> dict[str, Action]:
         measured = json.loads(Path(args.output_json).read_text())
         return {key: measured[key] for key in ("avg_latency", "latencies")}
 
-    return {"measure": measure, "profile": lambda: {"kernels": kernels_of_a_step(engine, traces)}}
+    return {"measure": measure, "profile": lambda: profile(engine, traces)}
 
 
 def _parse(flags: Sequence[str]) -> Any:
@@ -126,34 +145,18 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
-def kernels_of_a_step(engine: Any, folder: Path) -> list[list[Any]]:
-    """Kernels of a decode step, from traces of two runs that differ by ``LONG - SHORT`` of them.
-
-    The engine starts on the first request it sees, so the eight may be admitted in one step or in several. Two traces
-    are comparable only if they did that alike, which the names of the engine's steps tell; else there are more tries.
-    """
-    short: list[Trace] = []
-    long: list[Trace] = []
-    for _ in range(TRIES):
-        short.append(_record(engine, folder, SHORT))
-        long.append(_record(engine, folder, LONG))
-        for pair in itertools.product(short, long):
-            if comparable(*pair):
-                return per_step(*pair)
-    raise RuntimeError(f"no two traces differ by decode steps alone: {[dict(trace.steps) for trace in short + long]}")
-
-
-def _record(engine: Any, folder: Path, tokens: int) -> Trace:
+def profile(engine: Any, folder: Path) -> dict[str, Any]:
+    """What runs in a decode step, from the trace of a run."""
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": [1 + (31 * row + i) % 9999 for i in range(PROMPT)]} for row in range(BATCH)]
     known = set(folder.iterdir())
     engine.start_profile()
     engine.generate(
-        prompts, sampling_params=SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=tokens), use_tqdm=False
+        prompts, sampling_params=SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=TOKENS), use_tqdm=False
     )
     engine.stop_profile()
-    return read_trace(new_trace(folder, known))
+    return usual_step(read_trace(new_trace(folder, known)))
 
 
 def new_trace(folder: Path, known: set[Path]) -> Path:
@@ -164,44 +167,101 @@ def new_trace(folder: Path, known: set[Path]) -> Path:
     return found[0]
 
 
-def read_trace(path: Path) -> Trace:
-    """The steps and kernels of a chrome trace as torch's profiler writes them, maybe compressed."""
+def read_trace(path: Path) -> list[Span]:
+    """What ran on the GPU and the engine's steps there, by start; a chrome trace of torch's profiler, maybe compressed.
+
+    vLLM annotates what it launches for a step but for the sampling, and on the GPU's timeline torch has the annotation
+    from the start of the first of it to the end of the last, once in each stream.
+    """
     content = path.read_bytes()
     text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode(errors="replace")
-    events = json.loads(text, strict=False)["traceEvents"]
-    steps: Counter[str] = Counter()
-    kernels: dict[str, tuple[int, float]] = {}
-    for event in events:
-        if event.get("cat") == "kernel":
-            name = shorten(event["name"])
-            count, total = kernels.get(name, (0, 0.0))
-            kernels[name] = (count + 1, total + event["dur"])
-        elif event.get("cat") == "user_annotation" and event["name"].startswith("execute_context_"):
-            steps[event["name"]] += 1  # the GPU's timeline has it once more, as gpu_user_annotation
-    if not kernels:
+    spans = []
+    for event in json.loads(text, strict=False)["traceEvents"]:
+        category, name = event.get("cat"), event.get("name", "")
+        if category == "kernel":
+            name = shorten(name)
+        elif category in ("gpu_memcpy", "gpu_memset"):
+            name = name.split(" (")[0]  # Memcpy HtoD (Pinned -> Device)
+        elif category != "gpu_user_annotation" or not name.startswith("execute_context_"):
+            continue
+        spans.append(Span(name, category, event.get("tid"), event["ts"], event["ts"] + event["dur"]))
+    if not any(span.category == "kernel" for span in spans):
         raise RuntimeError(f"no kernel in the trace {path.name}")
-    return Trace(steps, kernels)
+    return sorted(spans, key=lambda span: span.start)
 
 
-def comparable(short: Trace, long: Trace) -> bool:
-    """Whether all steps but the decode steps of the whole batch are the same."""
-    rest = [{name: count for name, count in trace.steps.items() if name != FULL} for trace in (short, long)]
-    return rest[0] == rest[1]
+def usual_step(spans: Sequence[Span]) -> dict[str, Any]:
+    """The decode step of the whole batch, from the middle ones that launch what most of them launch.
+
+    ``step_us``: the median of their lengths. ``kernels``: [name, launches, mean microseconds], which overlap and so do
+    not add up. ``added``: [name, launches, microseconds it adds, microseconds before it when nothing runs], copies and
+    fills too, all means of a step. ``gap_us``: what the added ones leave of ``step_us``. Longest first.
+    """
+    steps, stream = decode_steps(spans)
+    middle = steps[ENDS:-ENDS]
+    launched = [step.kernels(stream) for step in middle]
+    most = max(launched, key=launched.count, default=None)
+    alike = [step for step, kernels in zip(middle, launched, strict=True) if kernels and kernels == most]
+    if len(alike) < FEWEST:
+        raise RuntimeError(f"{len(alike)} of {len(steps)} decode steps are alike and in the middle, want {FEWEST}")
+    found: dict[tuple[str, bool], list[tuple[float, float, float]]] = {}
+    for step in alike:
+        for span, added, gap in step.spans:
+            key = span.name, span.category == "kernel"
+            found.setdefault(key, []).append((span.end - span.start, added, gap))
+    kernels, rows = [], []
+    for (name, is_kernel), times in found.items():
+        duration, added, gap = (sum(column) for column in zip(*times, strict=True))
+        launches = round(len(times) / len(alike), 2)
+        rows.append([name, launches, round(added / len(alike), 2), round(gap / len(alike), 2)])
+        if is_kernel:
+            kernels.append([name, launches, round(duration / len(times), 2)])
+    length = statistics.median(step.length for step in alike)
+    return {
+        "kernels": sorted(kernels, key=lambda row: -row[1] * row[2]),
+        "steps": len(alike),
+        "step_us": round(length, 2),
+        "gap_us": round(length - sum(row[2] for row in rows), 2),
+        "added": sorted(rows, key=lambda row: -row[2]),
+    }
 
 
-def per_step(short: Trace, long: Trace) -> list[list[Any]]:
-    """[name, launches in a decode step, mean microseconds] of every kernel, those that take longest first."""
-    steps = LONG - SHORT
-    rows = []
-    for name, (count, total) in long.kernels.items():
-        less, before = short.kernels.get(name, (0, 0.0))
-        if count > less:
-            rows.append([name, round((count - less) / steps, 2), round((total - before) / (count - less), 2)])
-    return sorted(rows, key=lambda row: -row[1] * row[2])
+def decode_steps(spans: Sequence[Span]) -> tuple[list[Step], Any]:
+    """The decode steps of the whole batch, and the stream that they run in.
+
+    A step goes from its first kernel to the next step's: what is launched after the forward pass, such as the sampling,
+    is in it, however far ahead the host has launched.
+    """
+    marks = [span for span in spans if span.category == "gpu_user_annotation"]
+    covered: dict[Any, float] = {}
+    for mark in marks:
+        if mark.name == FULL:
+            covered[mark.stream] = covered.get(mark.stream, 0.0) + mark.end - mark.start
+    if not covered:
+        names = sorted({mark.name for mark in marks})
+        raise RuntimeError(f"no gpu_user_annotation of the trace is {FULL!r}, which tells decode steps: {names}")
+    stream = max(covered, key=lambda stream: covered[stream])
+    ran = list(account([span for span in spans if span.category != "gpu_user_annotation"]))
+    starts = [span.start for span, _, _ in ran]
+    steps = []
+    for mark, after in itertools.pairwise(mark for mark in marks if mark.stream == stream):
+        if mark.name == FULL:
+            first, last = (bisect_left(starts, edge.start) for edge in (mark, after))
+            steps.append(Step(after.start - mark.start, ran[first:last]))
+    return steps, stream
 
 
+def account(spans: Sequence[Span]) -> Iterator[tuple[Span, float, float]]:
+    """Each span, by start, with what it adds to the time in which anything ran, and the gap before it."""
+    latest = spans[0].start
+    for span in spans:
+        yield span, max(0.0, span.end - max(span.start, latest)), max(0.0, span.start - latest)
+        latest = max(latest, span.end)
+
+
+@cache
 def shorten(name: str) -> str:
-    """A kernel's name without its return type, template arguments and parameters; of elementwise ones, what they do."""
+    """A kernel's name without its return type, template arguments and parameters; of generic ones, what they do."""
     plain, depth = "", 0
     for letter in name.replace("(anonymous namespace)::", ""):
         depth -= letter in ">)"
@@ -210,6 +270,7 @@ def shorten(name: str) -> str:
         depth += letter in "<("
     plain = plain.split()[-1] if plain.split() else name
     does = re.search(r"\w*Functor\w*|\w+_kernel_cuda", name) if "elementwise" in plain else None
+    does = re.search(r"FlashAttn\w+", name) if plain == "cutlass::device_kernel" else does
     return f"{plain} [{does.group()}]"[:120] if does else plain[:120]
 
 

@@ -1,13 +1,11 @@
 """The parts of the vLLM latency benchmark that need neither vLLM nor a GPU; an engine is a script that plays one."""
 
-import gzip
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,6 +109,8 @@ def test_engines_are_measured_one_at_a_time_in_rounds_that_alternate(fake, tmp_p
         assert "missing" not in row
     assert result["vllm"] == "0.0"
     assert [entry["total"] for entry in result["kernels"]] == [65.0] * 3
+    assert result["copy_gbps"] > 0
+    assert (result["shapes"]["hidden_size"], result["context"]) == (4096, 48)
     assert json.loads(json.dumps(result)) == result
     printed = capsys.readouterr().out
     assert "original: vLLM batch-invariant: round 2: 2.0000 s" in printed
@@ -228,97 +228,6 @@ def test_a_worker_serves_reports_errors_and_ends_with_its_parent(bench, tmp_path
     assert not is_alive(pid)
 
 
-# The traces.
-
-
-def write_trace(path, decode_steps, norms=2, admitted="execute_context_8(256)_generation_0(0)"):
-    """A trace as torch's profiler writes it: one step that admits, decode steps of 3 us, ``norms`` norms in each."""
-    full = "execute_context_0(0)_generation_8(8)"
-    events = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "python"}}]
-    for name in [admitted, *[full] * decode_steps]:
-        events.append({"ph": "X", "cat": "user_annotation", "name": name, "ts": 0, "dur": 9})
-        events.append({"ph": "X", "cat": "gpu_user_annotation", "name": name, "ts": 0, "dur": 9})
-        events.append({"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0, "dur": 1})
-        events.append({"ph": "X", "cat": "gpu_memcpy", "name": "Memcpy HtoD", "ts": 0, "dur": 1})
-        long = 30.0 if name == admitted else 3.0
-        for _ in range(norms):
-            event = {"ph": "X", "cat": "kernel", "name": "void vllm::rms_norm_kernel<c10::BFloat16, 8>(int)", "ts": 0}
-            events.append(event | {"dur": long})
-    events.append({"ph": "X", "cat": "kernel", "name": "prefill_only", "ts": 0, "dur": 5.0})
-    content = json.dumps({"schemaVersion": 1, "traceEvents": events})
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(content.encode()))
-    else:
-        path.write_text(content)
-
-
-def test_kernels_of_a_step_are_what_longer_runs_have_more(bench, tmp_path):
-    write_trace(tmp_path / "short.json", 8)
-    write_trace(tmp_path / "long.json.gz", 16)
-    short, long = (bench.worker.read_trace(tmp_path / name) for name in ("short.json", "long.json.gz"))
-    assert short.steps == Counter({bench.worker.FULL: 8, "execute_context_8(256)_generation_0(0)": 1})
-    assert bench.worker.comparable(short, long)
-    assert bench.worker.per_step(short, long) == [["vllm::rms_norm_kernel", 2.0, 3.0]]
-
-
-class Engine:
-    """Writes a trace for each profile; ``admitted`` names the first step of each in turn."""
-
-    def __init__(self, folder, admitted):
-        self.folder, self.admitted, self.count = folder, iter(admitted), 0
-
-    def start_profile(self):
-        pass
-
-    def generate(self, prompts, sampling_params, use_tqdm):
-        assert [len(prompt["prompt_token_ids"]) for prompt in prompts] == [32] * 8
-        self.tokens = sampling_params.max_tokens
-
-    def stop_profile(self):
-        self.count += 1
-        name = f"dp0_pp0_tp0_rank0.{self.count}.pt.trace.json"
-        write_trace(self.folder / name, self.tokens - 1, admitted=next(self.admitted))
-        (self.folder / f"host_1.async_llm.{self.count}.pt.trace.json.gz").write_bytes(b"of the front-end")
-
-
-def test_only_traces_whose_requests_were_admitted_alike_are_compared(bench, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **kwargs: SimpleNamespace(**kwargs)))
-    ways = [f"execute_context_{n}({32 * n})_generation_0(0)" for n in (1, 2, 3, 1)]
-    engine = Engine(tmp_path, ways)
-    assert bench.worker.kernels_of_a_step(engine, tmp_path) == [["vllm::rms_norm_kernel", 2.0, 3.0]]
-    assert engine.count == 4, "the second pair's long trace is like the first pair's short one"
-    never = [f"execute_context_{n}(32)_generation_0(0)" for n in range(2 * bench.worker.TRIES)]
-    (other := tmp_path / "other").mkdir()
-    with pytest.raises(RuntimeError, match="no two traces differ by decode steps alone"):
-        bench.worker.kernels_of_a_step(Engine(other, never), other)
-
-
-def test_a_profile_that_wrote_no_trace_is_an_error(bench, tmp_path):
-    (tmp_path / "host.async_llm.1.pt.trace.json").write_text("{}")
-    with pytest.raises(RuntimeError, match="wrote 0 traces"):
-        bench.worker.new_trace(tmp_path, set())
-    (tmp_path / "empty.json").write_text('{"traceEvents": []}')
-    with pytest.raises(RuntimeError, match="no kernel"):
-        bench.worker.read_trace(tmp_path / "empty.json")
-
-
-@pytest.mark.parametrize(
-    ("name", "short"),
-    [
-        ("_rms_norm_kernel", "_rms_norm_kernel"),
-        ("void vllm::norm<c10::BFloat16, Foo<(int)8> >(float*, int)", "vllm::norm"),
-        ("std::enable_if<!(false), void>::type internal::gemvx::kernel<int>(int)", "internal::gemvx::kernel"),
-        ("void at::native::(anonymous namespace)::sort<int>(int)", "at::native::sort"),
-        (
-            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16> >(int)",
-            "at::native::vectorized_elementwise_kernel [CUDAFunctor_add]",
-        ),
-    ],
-)
-def test_names_of_kernels_are_shortened(bench, name, short):
-    assert bench.worker.shorten(name) == short
-
-
 # What readers see.
 
 
@@ -360,6 +269,8 @@ def test_runs_under_different_flags_are_joined(bench):
     assert list(joined["flags"]) == ["original", "default", "other"]
     assert (joined["rounds"], joined["iterations"]) == (1, 10)
     assert joined["rows"] == one["rows"] + other["rows"]
+    joined = bench.tables.joined([one, other | {"copy_gbps": 1, "vllm": "later"}])
+    assert (joined["copy_gbps"], joined["vllm"]) == (1, "0.26.0"), "the first's, where it has them"
 
 
 def test_the_latency_table(bench):
