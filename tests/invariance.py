@@ -207,6 +207,8 @@ def scale_of(spec: OpSpec, inputs: Inputs, wanted: torch.Tensor) -> torch.Tensor
     x = next(inputs[name] for name in spec.batch_axes).double().abs()
     if spec.name == "paged_attention":
         return inputs["v_cache"].double().abs().amax()
+    if spec.name == "rope_and_cache":  # a rotation makes nothing smaller by more than half
+        return wanted.double().abs().amax((1, 2), keepdim=True) * torch.finfo(inputs["q"].dtype).eps
     if spec.name == "rope":
         return x.amax((1, 2), keepdim=True)
     return {"log_softmax": x.amax(-1, keepdim=True), "mean": x.mean(-1)}.get(spec.name, torch.ones((), device=x.device))

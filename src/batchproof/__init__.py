@@ -50,6 +50,7 @@ _HOMES = {
     "rms_norm_per_block_quant": "ops.rms_norm_quant",
     "rms_norm_static_fp8_quant": "ops.rms_norm_quant",
     "rope": "ops.rope",
+    "rope_and_cache": "ops.rope_cache",
     "rope_cos_sin": "ops.rope",
     "sample": "ops.sample",
     "scaled_mm": "ops.scaled_mm",

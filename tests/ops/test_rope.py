@@ -213,6 +213,22 @@ def test_kernel_in_the_interpreter(head_dim, rot, interleaved, dtype, generator)
         assert first_mismatch(out, rope(x, positions, cos_sin, interleaved)) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_table_in_the_activation_dtype(interleaved, dtype, generator):
+    x, positions, cos_sin = inputs(generator, 5, 20, 16, dtype)
+    table = cos_sin.to(dtype)
+    expected = rope(x, positions, table.float(), interleaved)
+    assert first_mismatch(rope(x, positions, table, interleaved), expected) is None
+    assert_accurate(x, positions, table, interleaved, expected)
+    with pytest.raises(DtypeError, match=r"cos_sin is torch.float64, want one of torch.float32, torch"):
+        rope(x, positions, table.double(), interleaved)
+    if not x.is_cuda and dtype == torch.float16:
+        out = torch.empty_like(x)
+        module.launch(x, positions, table, out, interleaved)
+        assert first_mismatch(out, expected) is None
+
+
 @interpreted
 def test_kernel_with_more_heads_than_a_block(generator):
     x, positions, cos_sin = inputs(generator, 2, 256, 256, heads=37)

@@ -28,7 +28,7 @@ from . import _exact
 from ._library import check_device, check_dtype, check_positive, register_op, require_no_grad
 from ._triton import device_guard, tl, triton
 
-__all__ = ["rope", "rope_cos_sin", "rope_reference"]
+__all__ = ["check_positions", "check_table", "rope", "rope_cos_sin", "rope_reference", "rotated"]
 
 BLOCK_ELEMENTS = 2048  # pairs a program, 4 warps; an element's bits do not depend on either
 NUM_WARPS = 4
@@ -80,7 +80,7 @@ def rope_cos_sin(inv_freq: torch.Tensor, num_positions: int, scaling: float = 1.
 def rope_reference(
     x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool = False
 ) -> torch.Tensor:
-    """The formula in float64 from the fp32 table, rounded once."""
+    """The formula in float64 from the table as it is, rounded once."""
     first, second = _pairs(x.double(), cos_sin.shape[-1], interleaved)
     cos, sin = cos_sin.double()[positions].unsqueeze(1).chunk(2, dim=-1)
     out = x.double().clone()
@@ -95,6 +95,13 @@ def _pairs(x: torch.Tensor, rot: int, interleaved: bool) -> tuple[torch.Tensor, 
     if interleaved:
         return x[..., 0:rot:2], x[..., 1:rot:2]
     return x[..., : rot // 2], x[..., rot // 2 : rot]
+
+
+@triton.jit
+def rotated(x1, x2, cos, sin, dtype: tl.constexpr):
+    """A pair's first and second elements turned, in fp32, each rounded once."""
+    x1, x2, cos, sin = x1.to(tl.float32), x2.to(tl.float32), cos.to(tl.float32), sin.to(tl.float32)
+    return (x1 * cos - x2 * sin).to(dtype), (x2 * cos + x1 * sin).to(dtype)
 
 
 @triton.jit(do_not_specialize=["x_token", "x_head", "num_heads", "num_positions"])
@@ -122,10 +129,11 @@ def _rope_kernel(
     first = pairs * 2 if INTERLEAVED else pairs
     second = pairs * 2 + 1 if INTERLEAVED else pairs + HALF
     mask = is_head & is_pair
-    x1 = tl.load(x_ptr + first, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(x_ptr + second, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + first, (x1 * cos - x2 * sin).to(dtype), mask=mask)
-    tl.store(out_ptr + second, (x2 * cos + x1 * sin).to(dtype), mask=mask)
+    x1 = tl.load(x_ptr + first, mask=mask, other=0.0)
+    x2 = tl.load(x_ptr + second, mask=mask, other=0.0)
+    y1, y2 = rotated(x1, x2, cos, sin, dtype)
+    tl.store(out_ptr + first, y1, mask=mask)
+    tl.store(out_ptr + second, y2, mask=mask)
     if REST > 0:
         rest = tl.arange(0, BLOCK_REST)[None, :]
         mask = is_head & (rest < REST)
@@ -157,33 +165,39 @@ def launch(
         )  # fmt: skip
 
 
-def _validate(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> None:
-    check_dtype("rope", "x", x)
-    check_dtype("rope", "positions", positions, (torch.int64, torch.int32))
-    check_dtype("rope", "cos_sin", cos_sin, (torch.float32,))
-    for name, tensor in (("positions", positions), ("cos_sin", cos_sin)):
-        check_device("rope", name, tensor, "x", x)
+def check_table(op: str, name: str, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> None:
+    """DtypeError, DeviceError or ShapeError unless ``x`` are heads that ``cos_sin`` can turn by ``positions``."""
+    check_dtype(op, name, x)
+    check_dtype(op, "positions", positions, (torch.int64, torch.int32))
+    check_dtype(op, "cos_sin", cos_sin, tuple(dict.fromkeys((torch.float32, x.dtype))))
+    for other, tensor in (("positions", positions), ("cos_sin", cos_sin)):
+        check_device(op, other, tensor, name, x)
     if x.dim() != 3:
-        raise ShapeError(f"rope: x has shape {tuple(x.shape)}, want [num_tokens, num_heads, head_dim]")
+        raise ShapeError(f"{op}: {name} has shape {tuple(x.shape)}, want [num_tokens, num_heads, head_dim]")
     if positions.shape != x.shape[:1]:
-        raise ShapeError(f"rope: positions has shape {tuple(positions.shape)}, want ({x.shape[0]},), one a token")
+        raise ShapeError(f"{op}: positions has shape {tuple(positions.shape)}, want ({x.shape[0]},), one a token")
     if cos_sin.dim() != 2 or cos_sin.shape[1] % 2 != 0 or cos_sin.shape[1] > x.shape[2]:
         raise ShapeError(
-            f"rope: cos_sin has shape {tuple(cos_sin.shape)}, want [num_positions, rot] with rot even and at most "
-            f"{x.shape[2]}, x's head_dim"
+            f"{op}: cos_sin has shape {tuple(cos_sin.shape)}, want [num_positions, rot] with rot even and at most "
+            f"{x.shape[2]}, {name}'s head_dim"
+        )
+
+
+def check_positions(op: str, positions: torch.Tensor, cos_sin: torch.Tensor) -> None:
+    """ArgumentError unless every position is a row of ``cos_sin``. For the CPU: on a GPU, looking waits for it."""
+    outside = positions[(positions < 0) | (positions >= cos_sin.shape[0])]
+    if outside.numel():
+        raise ArgumentError(
+            f"{op}: positions holds {int(outside[0])}, want 0 to {cos_sin.shape[0] - 1}, the rows of cos_sin"
         )
 
 
 def _rope_cpu(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    _validate(x, positions, cos_sin)
-    outside = positions[(positions < 0) | (positions >= cos_sin.shape[0])]
-    if outside.numel():
-        raise ArgumentError(
-            f"rope: positions holds {int(outside[0])}, want 0 to {cos_sin.shape[0] - 1}, the rows of cos_sin"
-        )
+    check_table("rope", "x", x, positions, cos_sin)
+    check_positions("rope", positions, cos_sin)
     rot = cos_sin.shape[1]
     first, second = (t.float() for t in _pairs(x, rot, interleaved))
-    cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
+    cos, sin = cos_sin[positions.long()].float().unsqueeze(1).chunk(2, dim=-1)
     out = x.clone(memory_format=torch.contiguous_format)
     out_first, out_second = _pairs(out, rot, interleaved)
     out_first.copy_(_exact.canonical_nan(first * cos - second * sin))
@@ -192,14 +206,14 @@ def _rope_cpu(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, i
 
 
 def _rope_cuda(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    _validate(x, positions, cos_sin)
+    check_table("rope", "x", x, positions, cos_sin)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     launch(x, positions, cos_sin, out, interleaved)
     return out
 
 
 def _rope_fake(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    _validate(x, positions, cos_sin)
+    check_table("rope", "x", x, positions, cos_sin)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -215,8 +229,8 @@ def rope(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, interl
     Args:
         x: [num_tokens, num_heads, head_dim], fp32, fp16 or bf16, any strides; queries or keys.
         positions: [num_tokens], int64 or int32, each a row of cos_sin.
-        cos_sin: [num_positions, rot] fp32, from ``rope_cos_sin``; rot even and at most head_dim. The elements of a
-            head from rot on are copied.
+        cos_sin: [num_positions, rot], fp32 from ``rope_cos_sin`` or x's dtype, as vLLM rounds its table; rot even and
+            at most head_dim. The elements of a head from rot on are copied.
         interleaved: pairs are neighbours (GPT-J) rather than half of rot apart (NeoX, Llama).
 
     Returns:
