@@ -211,7 +211,9 @@ def scale_of(spec: OpSpec, inputs: Inputs, wanted: torch.Tensor) -> torch.Tensor
         return wanted.double().abs().amax((1, 2), keepdim=True) * torch.finfo(inputs["q"].dtype).eps
     if spec.name == "rope":
         return x.amax((1, 2), keepdim=True)
-    return {"log_softmax": x.amax(-1, keepdim=True), "mean": x.mean(-1)}.get(spec.name, torch.ones((), device=x.device))
+    if spec.tolerance == "log_softmax":
+        return x.amax(-1, keepdim=wanted.dim() > 1)
+    return {"mean": x.mean(-1)}.get(spec.name, torch.ones((), device=x.device))
 
 
 def _device(inputs: Inputs, spec: OpSpec) -> torch.device:

@@ -106,6 +106,8 @@ def test_help_of_generate_names_every_field_of_a_record_and_every_default(run):
         assert default in out
     fields = "id, text, token_ids, logprobs, finish_reason, receipt, environment, model, request"
     assert f"answer record: {fields}" in out
+    for field in ("top_logprobs", "prompt_logprobs", '"logprob"', '"rank"', '"top"'):
+        assert field in out.partition("answer record:")[2]
     assert "run it again: it does what is left" in out
 
 

@@ -20,6 +20,7 @@ _HOMES = {
     "add_rms_norm_static_fp8_quant": "ops.rms_norm_quant",
     "addmm": "ops.linear",
     "all_reduce": "ops.all_reduce",
+    "apply_penalties": "ops.penalties",
     "argmax": "ops.sample",
     "assert_batch_invariant": "audit.op",
     "audit_model": "audit.model",
@@ -58,6 +59,7 @@ _HOMES = {
     "silu_and_mul": "ops.activation",
     "silu_and_mul_static_fp8_quant": "ops.activation_quant",
     "softmax": "ops.softmax",
+    "token_logprobs": "ops.logprobs",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -30,6 +30,26 @@ PROMPTS = (
         "top_p": 0.7,
     },
     {"id": "both", "prompt": "Wherefore", "max_tokens": 14, "temperature": 1.0, "seed": 4, "top_k": 50, "top_p": 0.9},
+    {"id": "min_p", "prompt": "Wherefore", "max_tokens": 6, "temperature": 1.2, "seed": 5, "min_p": 0.05},
+    {
+        "id": "penalties",
+        "prompt": "In the beginning God created the heaven and the earth.",
+        "max_tokens": 14,
+        "repetition_penalty": 1.3,
+        "frequency_penalty": 0.4,
+        "presence_penalty": 0.3,
+        "logprobs": 3,
+    },
+    {
+        "id": "prompt_logprobs",
+        "prompt": "And David took the cloth from off his face, and said unto the king,",
+        "max_tokens": 10,
+        "temperature": 0.9,
+        "seed": 6,
+        "repetition_penalty": 0.6,
+        "logprobs": 0,
+        "prompt_logprobs": 2,
+    },
     {"id": "one token", "prompt": "x", "max_tokens": 1, "temperature": 2.0},
     {"id": "stop", "prompt": "And David took", "max_tokens": 12, "stop": ["hand", "the"]},
     {"id": "chat", "messages": [{"role": "user", "content": "bug: n."}], "max_tokens": 6, "temperature": 0.3},
@@ -39,7 +59,8 @@ PROMPTS = (
 def outcome(completion):
     """Everything of a completion that must not depend on the batch."""
     c = completion
-    return tuple(c.token_ids), tuple(c.logprobs), c.finish_reason, c.text, c.chain.hexdigest
+    told = repr((c.top_logprobs, c.prompt_logprobs))
+    return tuple(c.token_ids), tuple(c.logprobs), c.finish_reason, c.text, c.chain.hexdigest, told
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,13 @@ from batchproof.generation.generate import generate
 from batchproof.generation.records import parse_prompt
 from batchproof.integrations.transformers import Engine, Request
 from batchproof.integrations.transformers.engine import PAGE_SIZE, _State
+from batchproof.ops.logprobs import token_logprobs
+from batchproof.ops.penalties import apply_penalties_reference
+from batchproof.ops.sample import sample_reference
 from batchproof.ops.softmax import log_softmax
 
 HALF_WAY = 3  # answers after which a run is killed
+GROW = ("greedy", "seed 1", "seed 2", "top_p", "both", "penalties", "prompt_logprobs")
 
 
 @pytest.mark.parametrize(
@@ -40,8 +44,11 @@ def test_receipts_do_not_depend_on_the_order_of_requests(outcomes, requests, alo
 
 @pytest.mark.parametrize(("num_blocks", "max_batch_tokens"), [(5, 512), (9, 20)], ids=str)
 def test_receipts_do_not_depend_on_being_evicted_from_a_full_cache(
-    outcomes, requests, alone, monkeypatch, num_blocks, max_batch_tokens
+    outcomes, requests, monkeypatch, num_blocks, max_batch_tokens
 ):
+    # all of them outgrow their first page, at about the same time
+    grow = [replace(request, prompt_logprobs=1) for request in requests if request.id in GROW]
+    alone = outcomes(grow, 1)
     manager, again, evicted = Engine._manager, _State.create_equivalent_initial_request, []
 
     def small(engine, requests):
@@ -56,8 +63,6 @@ def test_receipts_do_not_depend_on_being_evicted_from_a_full_cache(
 
     monkeypatch.setattr(Engine, "_manager", small)
     monkeypatch.setattr(_State, "create_equivalent_initial_request", evict)
-    # all of them outgrow their first page, at about the same time
-    grow = [request for request in requests if request.id in ("greedy", "seed 1", "seed 2", "top_p", "both")]
     crowd = [replace(request, id=f"{request.id}/{n}") for n in range(2) for request in grow]
     for key, got in outcomes(crowd, len(crowd), max_batch_tokens).items():
         assert got == alone[key.partition("/")[0]], key
@@ -103,6 +108,122 @@ def test_logprobs_are_those_of_a_plain_forward_at_temperature_1_unfiltered(built
         assert completion.logprobs == log_softmax(logits).gather(1, chosen)[:, 0].tolist()
     expected = logits.double().log_softmax(-1).gather(1, chosen)[:, 0].tolist()
     assert completion.logprobs == pytest.approx(expected, abs=1e-5)
+
+
+def plain_logits(built_in, completion):
+    """fp32 logits of a plain forward over prompt and answer, and the row that gives the first token of the answer."""
+    ids = torch.tensor([[*completion.request.prompt_ids, *completion.token_ids]], device=built_in.model.device)
+    with torch.no_grad():
+        return built_in.model(ids).logits[0].float(), len(completion.request.prompt_ids) - 1
+
+
+@pytest.mark.parametrize("key", ["penalties", "prompt_logprobs", "min_p"])
+def test_tokens_are_those_of_the_references_on_a_plain_forward(built_in, completions_alone, key):
+    completion = completions_alone[key]
+    request = completion.request
+    logits, start = plain_logits(built_in, completion)
+
+    def one(value, dtype=torch.float32):
+        return torch.tensor([value], dtype=dtype, device=logits.device)
+
+    plain = []
+    for step, token in enumerate(completion.token_ids):
+        drawn = [
+            sample_reference(
+                row, one(request.seed, torch.int64), one(start + 1 + step, torch.int64), one(request.temperature),
+                min_p=one(min_p),
+            ).item()
+            for row, min_p in (
+                (logits[start + step, None], 0.0),
+                (
+                    apply_penalties_reference(
+                        logits[start + step, None], one(request.prompt_ids, torch.int64),
+                        one(completion.token_ids[:step], torch.int64), one(request.repetition_penalty),
+                        one(request.frequency_penalty), one(request.presence_penalty),
+                    ),
+                    request.min_p,
+                ),
+            )
+        ]  # fmt: skip
+        plain.append(drawn[0])
+        assert drawn[1] == token
+    assert plain != completion.token_ids  # what was asked for made a difference
+
+
+def notes(logits, tokens, n):
+    """What an answer tells of ``tokens`` [rows], of their rows of logits."""
+    tokens = torch.tensor(tokens, device=logits.device)
+    values = (t.tolist() for t in token_logprobs(logits, tokens, n))
+    return [
+        {"logprob": logprob, "rank": rank, "top": [list(pair) for pair in zip(ids, top, strict=True)]}
+        for logprob, rank, ids, top in zip(*values, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("key", ["penalties", "prompt_logprobs"])
+def test_logprobs_asked_for_are_those_of_a_plain_forward_before_penalties(built_in, completions_alone, key):
+    completion = completions_alone[key]
+    request = completion.request
+    logits, start = plain_logits(built_in, completion)
+    assert completion.top_logprobs == notes(logits[start:-1], completion.token_ids, request.logprobs)
+    assert completion.logprobs == [note["logprob"] for note in completion.top_logprobs]
+    first, *others = completion.prompt_logprobs
+    assert first is None
+    wanted = [] if request.prompt_logprobs is None else notes(logits[:start], request.prompt_ids[1:], 2)
+    assert others == wanted
+
+
+def test_what_nobody_asked_for_is_not_told(completions_alone):
+    completion = completions_alone["greedy"]
+    assert (completion.top_logprobs, completion.prompt_logprobs) == ([], [None])
+
+
+def test_rows_for_prompts_and_neighbours_that_ask_for_more_change_nothing(outcomes, requests, alone, make_request):
+    crowd = [
+        make_request("Wherefore " * 12, max_tokens=4, prompt_logprobs=2048, logprobs=2048, repetition_penalty=900.0),
+        *requests,
+        replace(make_request("x", max_tokens=3, prompt_logprobs=5), id="a prompt of one token"),
+    ]
+    for batch_size, max_batch_tokens in ((len(crowd), 512), (4, 7)):
+        got = outcomes(crowd, batch_size, max_batch_tokens)
+        assert {key: got[key] for key in alone} == alone
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_more_logprobs_than_tokens_are_refused(built_in, name):
+    built_in.engine(1).check(Request("x", (5,), 1, **{name: 2048}))
+    for count in (2049, -1):
+        with pytest.raises(RecordError, match=f"^{name} is {count}, want 0 to 2048, the model's vocabulary"):
+            built_in.engine(1).check(Request("x", (5,), 1, **{name: count}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1.0),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("frequency_penalty", float("nan")),
+        ("presence_penalty", float("inf")),
+    ],
+)
+def test_parameters_out_of_range_are_refused_before_anything_runs(built_in, name, value):
+    with pytest.raises(ArgumentError, match=rf"{name}\[0\] is {value}, want it"):
+        next(built_in.engine(1).run([Request("x", (5,), 1, **{name: value})]))
+
+
+def test_an_answer_holds_what_was_asked_for_and_no_more(answer_lines, completions_alone):
+    plain, told = answer_lines(
+        {"prompt": "x", "max_tokens": 2}, {"prompt": "See also", "max_tokens": 2, "logprobs": 1, "prompt_logprobs": 0}
+    )
+    assert set(told) - set(plain) == {"top_logprobs", "prompt_logprobs"}
+    assert set(plain["request"]) == {"prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop"}
+    assert [len(note["top"]) for note in told["top_logprobs"]] == [1, 1]
+    assert told["prompt_logprobs"][0] is None
+    assert all(note["top"] == [] and note["rank"] >= 1 for note in told["prompt_logprobs"][1:])
+    assert len(told["prompt_logprobs"]) > 1
 
 
 def test_a_request_that_uses_its_tokens_up_finishes_by_length(completions_alone):

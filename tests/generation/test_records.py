@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import fields
 
 import pytest
 
@@ -21,11 +22,14 @@ def refusal(value):
 def test_a_prompt_alone_gets_the_documented_defaults():
     record = parse_prompt({"prompt": "Hello"}, "line-7")
     assert (record.id, record.prompt, record.messages) == ("line-7", "Hello", None)
-    assert record.parameters == Parameters(max_tokens=64, temperature=0.0, top_p=1.0, top_k=0, seed=0, stop=())
+    assert record.parameters == Parameters(
+        max_tokens=64, temperature=0.0, top_p=1.0, top_k=0, seed=0, stop=(), min_p=0.0, repetition_penalty=1.0,
+        frequency_penalty=0.0, presence_penalty=0.0, logprobs=None, prompt_logprobs=None,
+    )  # fmt: skip
 
 
 def test_null_in_a_parameter_is_its_default():
-    value = {"prompt": "", **dict.fromkeys(("max_tokens", "temperature", "top_p", "top_k", "seed", "stop"))}
+    value = {"prompt": "", **dict.fromkeys(field.name for field in fields(Parameters))}
     assert parse_prompt(value, "x").parameters == Parameters()
 
 
@@ -46,12 +50,48 @@ def test_null_in_a_parameter_is_its_default():
         {"seed": 2**63 - 1},
         {"stop": []},
         {"stop": ["\n", "\u4e2d"]},
+        {"min_p": 1e-6},
+        {"min_p": 1},
+        {"repetition_penalty": 1e-3},
+        {"repetition_penalty": 1e3},
+        {"frequency_penalty": -2},
+        {"frequency_penalty": 2},
+        {"presence_penalty": -2},
+        {"presence_penalty": 2},
+        {"logprobs": 0},
+        {"logprobs": 2**31 - 1},
+        {"prompt_logprobs": 0},
+        {"prompt_logprobs": 2**31 - 1},
     ],
     ids=str,
 )
 def test_the_ends_of_every_range_are_taken(fields):
     parsed = parse_prompt({"prompt": "x", **fields}, "x").parameters.to_json()
     assert {key: parsed[key] for key in fields} == fields
+
+
+NEUTRAL = {
+    "min_p": (0, 0.0, -0.0, None),
+    "repetition_penalty": (1, 1.0, None),
+    "frequency_penalty": (0, 0.0, -0.0, None),
+    "presence_penalty": (0, 0.0, -0.0, None),
+    "logprobs": (None,),
+    "prompt_logprobs": (None,),
+}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_neutral_parameter_is_not_in_the_record_which_is_what_it_was_before_there_were_any(name):
+    before = {"prompt": "x", "max_tokens": 64, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "stop": []}
+    for value in NEUTRAL[name]:
+        record = parse_prompt({"prompt": "x", name: value}, "x")
+        assert json.dumps(record.to_json()) == json.dumps(before)
+        assert record == parse_prompt({"prompt": "x"}, "x")
+    assert set(NEUTRAL) == {field.name for field in fields(Parameters)} - set(before)
+
+
+def test_a_temperature_of_minus_zero_stays_as_receipts_have_always_had_it():
+    assert str(parse_prompt({"prompt": "x", "temperature": -0.0}, "x").to_json()["temperature"]) == "-0.0"
 
 
 def test_a_stop_string_is_a_list_of_one():
@@ -90,6 +130,24 @@ def test_integers_for_numbers_give_the_same_record_as_floats():
         ({"top_k": -1}, "top_k is -1", "an integer from 0"),
         ({"top_k": 2**31}, f"top_k is {2**31}", "an integer"),
         ({"top_k": 1.5}, "top_k is 1.5", "an integer"),
+        ({"min_p": -0.1}, "min_p is -0.1", "0 or a number from 1e-06 to 1"),
+        ({"min_p": 1.01}, "min_p is 1.01", "to 1"),
+        ({"min_p": 1e-60}, "min_p is 1e-60", "a number"),  # zero in fp32
+        ({"min_p": float("nan")}, "min_p is nan", "a number"),
+        ({"min_p": True}, "min_p is True", "a number"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0", "a number from 0.001 to 1000"),
+        ({"repetition_penalty": -1.5}, "repetition_penalty is -1.5", "a number"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf", "a number"),
+        ({"repetition_penalty": "1.1"}, "repetition_penalty is '1.1'", "a number"),
+        ({"frequency_penalty": 2.01}, "frequency_penalty is 2.01", "a number from -2 to 2"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty is nan", "a number"),
+        ({"presence_penalty": -2.01}, "presence_penalty is -2.01", "a number from -2 to 2"),
+        ({"presence_penalty": [0]}, "presence_penalty is [0]", "a number"),
+        ({"logprobs": -1}, "logprobs is -1", "an integer from 0"),
+        ({"logprobs": True}, "logprobs is True", "an integer"),
+        ({"logprobs": 2.0}, "logprobs is 2.0", "an integer"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1", "an integer from 0"),
+        ({"prompt_logprobs": False}, "prompt_logprobs is False", "an integer"),
         ({"seed": 2**63}, f"seed is {2**63}", f"from {-(2**63)} to {2**63 - 1}"),
         ({"seed": -(2**63) - 1}, f"seed is {-(2**63) - 1}", "an integer"),
         ({"seed": "7"}, "seed is '7'", "an integer"),
@@ -140,7 +198,7 @@ def test_malformed_messages_are_named(messages):
 def test_unknown_fields_are_all_named_with_the_known_ones():
     message = refusal({"prompt": "x", "top-k": 5, "max_token": 8})
     assert "unknown field max_token, top-k" in message
-    for known in ("id", "prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop"):
+    for known in ("id", "prompt", "messages", *(field.name for field in fields(Parameters))):
         assert known in message.partition("want ")[2]
 
 
@@ -173,6 +231,8 @@ def test_half_a_surrogate_pair_is_refused_since_no_file_could_hold_it(value):
     "value",
     [
         {"prompt": "x", "stop": "end", "temperature": 1, "seed": -1},
+        {"prompt": "x", "min_p": 1, "repetition_penalty": 2, "frequency_penalty": -1, "presence_penalty": 0.1},
+        {"prompt": "x", "logprobs": 0, "prompt_logprobs": 3},
         {"messages": [{"role": "user", "content": "x", "name": "kept"}]},
     ],
     ids=str,

@@ -14,6 +14,14 @@ from batchproof.generation.verify import DIFFERS, ELSEWHERE, HOLDS, UNREADABLE, 
 from batchproof.integrations.transformers import Engine
 
 VALUE = {"id": "base", "prompt": "See also", "max_tokens": 3, "temperature": 0.8, "seed": 7, "top_k": 50}
+NEUTRAL = {
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "frequency_penalty": 0,
+    "presence_penalty": 0.0,
+    "logprobs": None,
+    "prompt_logprobs": None,
+}
 # the base answer with one thing changed: how, the outcome, and what the reason must name
 TAMPERED = {
     "nothing": (lambda a: None, HOLDS, ""),
@@ -46,6 +54,11 @@ TAMPERED = {
     "stop": (lambda a: a["request"].update(stop=["never there"]), DIFFERS, "receipt differs"),
     "max_tokens": (lambda a: a["request"].update(max_tokens=4), DIFFERS, "token 3 differs"),
     "seed": (lambda a: a["request"].update(seed=8), DIFFERS, "differs"),
+    "min_p": (lambda a: a["request"].update(min_p=1e-6), DIFFERS, "receipt differs"),
+    "frequency_penalty": (lambda a: a["request"].update(frequency_penalty=1e-9), DIFFERS, "receipt differs"),
+    "logprobs asked for later": (lambda a: a["request"].update(logprobs=1), DIFFERS, "receipt, top_logprobs differ"),
+    "prompt_logprobs given unasked": (lambda a: a.update(prompt_logprobs=[None]), DIFFERS, "prompt_logprobs differs"),
+    "neutral parameters": (lambda a: a["request"].update(NEUTRAL), HOLDS, ""),
     "impossible length": (lambda a: a["request"].update(max_tokens=5000), DIFFERS, "max_position_embeddings"),
     "model digest": (lambda a: a["model"].update(digest="00" * 32), DIFFERS, "made by a model with digest 0000"),
     "no model": (lambda a: a.update(model="mine"), DIFFERS, "made by a model with digest None"),
@@ -94,6 +107,32 @@ def test_what_was_changed_in_an_answer_is_found_and_named(built_in, verdicts, ke
     assert verdict.outcome == outcome
     assert reason.format(**built_in.environment) in verdict.reason
     assert bool(verdict.reason) == (outcome != HOLDS)
+
+
+ASKING = {**VALUE, "min_p": 0.01, "repetition_penalty": 1.2, "logprobs": 2, "prompt_logprobs": 1}
+TOLD = (
+    (lambda a: None, ""),
+    (lambda a: a["top_logprobs"][1]["top"][0].__setitem__(0, 5), "top_logprobs differs"),
+    (lambda a: a["top_logprobs"][2].update(rank=0), "top_logprobs differs"),
+    (lambda a: a["prompt_logprobs"][1].update(rank=0), "prompt_logprobs differs"),
+    (lambda a: a["prompt_logprobs"][1]["top"][0].__setitem__(1, -1.0), "prompt_logprobs differs"),
+    (lambda a: a["prompt_logprobs"].pop(), "prompt_logprobs differs"),
+    (lambda a: a.pop("top_logprobs"), "top_logprobs differs"),
+    (lambda a: a["request"].update(logprobs=3), "receipt, top_logprobs differ"),
+    (lambda a: a["request"].pop("prompt_logprobs"), "receipt, prompt_logprobs differ"),
+    (lambda a: a["request"].update(logprobs=5000), "logprobs is 5000, want 0 to 2048"),
+)
+
+
+def test_logprobs_that_were_asked_for_are_checked(built_in, answer_lines, write_lines):
+    [asking] = answer_lines(ASKING)
+    answers = [{**copy.deepcopy(asking), "id": str(number)} for number in range(len(TOLD))]
+    for answer, (tamper, _) in zip(answers, TOLD, strict=True):
+        tamper(answer)
+    verdicts = verify(built_in, read_answers(write_lines("answers", *answers))[0])
+    for verdict, (_, reason) in zip(verdicts, TOLD, strict=True):
+        assert (verdict.outcome == HOLDS) == (reason == ""), verdict
+        assert verdict.reason.startswith(reason), verdict
 
 
 def test_every_record_that_can_be_run_is_reported_alone_and_in_company(verdicts):

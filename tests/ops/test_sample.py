@@ -249,13 +249,16 @@ def test_sample_equals_its_reference(device, generator, vocab):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(0.7, 0, 1.0), (1.0, 0, 1.0), (1.0, 3, 1.0), (1.3, 0, 0.7), (1.0, 4, 0.9)]
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(0.7, 0, 1, 0), (1, 0, 1, 0), (1, 3, 1, 0), (1.3, 0, 0.7, 0), (1, 4, 0.9, 0), (1, 0, 1, 0.2), (1.3, 0, 0.7, 0.4)],
 )
-def test_frequencies_follow_softmax(device, temperature, top_k, top_p):
+def test_frequencies_follow_softmax(device, temperature, top_k, top_p, min_p):
     n = 20000
     logits = torch.tensor([0.5, 2.0, -1.0, 1.5, 0.0], device=device)
     p = (logits.double() / temperature).softmax(0)
     ranked = p.argsort(descending=True)
+    p[p < min_p * p.max()] = 0
+    p /= p.sum()
     if top_k:
         p[ranked[top_k:]] = 0
         p /= p.sum()
@@ -266,9 +269,10 @@ def test_frequencies_follow_softmax(device, temperature, top_k, top_p):
         logits.expand(n, -1),
         torch.full((n,), 42, device=device),
         torch.arange(n, device=device),
-        torch.full((n,), temperature, device=device),
+        torch.full((n,), float(temperature), device=device),
         torch.full((n,), top_k, device=device),
-        torch.full((n,), top_p, device=device),
+        torch.full((n,), float(top_p), device=device),
+        torch.full((n,), float(min_p), device=device),
     )
     counts = tokens.bincount(minlength=5).double()
     assert bool((counts[p == 0] == 0).all())
@@ -277,14 +281,13 @@ def test_frequencies_follow_softmax(device, temperature, top_k, top_p):
     assert chi_square < 18.5  # 0.001 at 4 degrees of freedom
 
 
-def kept_by(device, row, top_k=0, top_p=1.0, temperature=1.0):
+def kept_by(device, row, top_k=0, top_p=1.0, temperature=1.0, min_p=0.0):
     """The indices that the filters leave of one row."""
-    out = filter_logits(
-        torch.tensor([row], device=device),
-        rows(device, temperature, dtype=torch.float32),
-        rows(device, top_k),
-        rows(device, top_p, dtype=torch.float32),
-    )
+    logits = torch.tensor([row], device=device)
+    temperature, top_p, min_p = (rows(device, value, dtype=torch.float32) for value in (temperature, top_p, min_p))
+    out = filter_logits(logits, temperature, rows(device, top_k), top_p, min_p)
+    if top_k == 0 and top_p == 1.0:  # min_p alone, without a sort
+        assert bits_equal(filter_logits(logits, temperature, None, None, min_p), out)
     return (out[0] > -INF).nonzero().flatten().tolist()
 
 
@@ -313,27 +316,79 @@ def test_top_p_keeps_the_shortest_prefix_that_reaches_it(device):
     assert kept_by(device, [5.0, INF, 7.0, INF], top_p=0.5) == [1]
 
 
+def test_min_p_keeps_what_has_its_share_of_the_largest_probability(device):
+    p = torch.tensor([0.1, 0.8, 0.05, 0.4, 0.8])
+    row = p.log().tolist()
+    shares = (0.0, 1e-45, 0.06, 0.0626, 0.12, 0.126, 0.49, 0.51, 1.0)
+    assert [kept_by(device, row, min_p=share) for share in shares] == [
+        [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 3, 4], [0, 1, 3, 4], [1, 3, 4], [1, 3, 4], [1, 4],
+        [1, 4],
+    ]  # fmt: skip
+    assert kept_by(device, [0.0, math.log(0.4)], min_p=0.3, temperature=0.5) == [0]  # of the scaled logits: 0.16
+    assert kept_by(device, [0.0, math.log(0.4)], min_p=0.3, temperature=2.0) == [0, 1]
+    assert kept_by(device, [0.0, -200.0], min_p=1e-45) == [0]
+    assert kept_by(device, [0.0, -0.0, -1e-45], min_p=1.0) == [0, 1]  # -0 is not below +0
+    assert kept_by(device, [5.0, INF, NAN, -INF, INF], min_p=0.5) == [1, 4]
+    assert kept_by(device, [5.0, INF, 7.0, 1.0], min_p=0.0) == [0, 1, 2, 3]
+    assert kept_by(device, [-INF, NAN, -INF], min_p=0.5) == []
+    assert kept_by(device, [5.0, -3.0], min_p=1.0, temperature=0.0) == [0, 1]  # greedy rows need no filter
+
+
+def test_the_threshold_of_min_p_is_not_rounded_to_fp32(device):
+    """Of two neighbouring fp32 logits the threshold parts those that it lies between, at any magnitude."""
+    share = 0.3
+    for top in (0.0, 1.0, 3.7, 100.25, -50.5):
+        floor = top + math.log(rows("cpu", share, dtype=torch.float32).item())
+        near = torch.tensor(floor)
+        around = [near.nextafter(torch.tensor(-INF)).item(), near.item(), near.nextafter(torch.tensor(INF)).item()]
+        wanted = [0, *(i + 1 for i, x in enumerate(around) if x >= floor)]
+        assert kept_by(device, [top, *around], min_p=share) == wanted
+
+
+def test_min_p_comes_before_the_other_filters(device):
+    row = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().tolist()
+    assert kept_by(device, row, top_p=0.65) == [0, 1]
+    assert kept_by(device, row, min_p=0.7, top_p=0.55) == [0]  # 0.4 is 4/7 of what min_p leaves
+    assert kept_by(device, row, min_p=0.7, top_p=0.6) == [0, 1]
+    assert kept_by(device, row, min_p=0.4, top_k=2) == [0, 1]
+    assert kept_by(device, row, min_p=0.7, top_k=3) == [0, 1]
+
+
+def test_min_p_alone_sorts_nothing_and_equals_itself_with_the_sort(device, generator, monkeypatch):
+    inputs = with_hostile_rows(mixed(33, 301, device, generator))
+    del inputs["top_k"], inputs["top_p"]
+    every = torch.full((33,), 301, device=device)
+    one = torch.ones(33, device=device)
+    wanted = sample(**inputs, top_k=every, top_p=one)
+    assert not torch.equal(sample(**{**inputs, "min_p": None}), wanted)
+    monkeypatch.setattr(torch.Tensor, "sort", None, raising=False)
+    assert torch.equal(sample(**inputs), wanted)
+    assert torch.equal(module._sample_cuda(**inputs, top_k=None, top_p=None), wanted)
+
+
 def test_filters_leave_alone_the_rows_that_ask_for_nothing(device, generator):
     inputs = with_hostile_rows(mixed(16, 301, device, generator))
     del inputs["seeds"], inputs["positions"]
-    inputs["temperature"][:4], inputs["top_k"][4:], inputs["top_p"][4:] = 0.0, 0, 1.0
-    kept = filter_logits(**inputs)
-    assert bits_equal(kept[4:], inputs["logits"][4:])
-    assert bits_equal(kept[:4], inputs["logits"][:4])  # greedy rows need no filter
+    inputs["temperature"][:4], inputs["top_k"][4:], inputs["top_p"][4:], inputs["min_p"][4:] = 0.0, 0, 1.0, 0.0
+    for asked in (inputs, {**inputs, "top_k": None, "top_p": None}, {**inputs, "min_p": None}):
+        kept = filter_logits(**asked)
+        assert bits_equal(kept[4:], inputs["logits"][4:])
+        assert bits_equal(kept[:4], inputs["logits"][:4])  # greedy rows need no filter
 
 
 def test_asking_for_all_by_any_name_is_the_same_and_sorts_nothing(device, generator, monkeypatch):
     inputs = mixed(33, 301, device, generator)
-    del inputs["top_k"], inputs["top_p"]
+    del inputs["top_k"], inputs["top_p"], inputs["min_p"]
     zero, one = torch.zeros(33, dtype=torch.int64, device=device), torch.ones(33, device=device)
     every = torch.full_like(zero, 301)
     wanted = sample(**inputs, top_k=every, top_p=one)
     assert torch.equal(sample(**inputs, top_k=every), wanted)
     assert torch.equal(sample(**inputs, top_p=one), wanted)
+    assert torch.equal(sample(**inputs, min_p=zero.float()), wanted)
     monkeypatch.delattr(module, "filter_logits")
     assert torch.equal(sample(**inputs), wanted)
     on_cpu = {name: value.cpu() for name, value in inputs.items()}  # where the values can be looked at
-    assert torch.equal(sample(**on_cpu, top_k=zero.cpu(), top_p=one.cpu()), sample(**on_cpu))
+    assert torch.equal(sample(**on_cpu, top_k=zero.cpu(), top_p=one.cpu(), min_p=zero.cpu().float()), sample(**on_cpu))
 
 
 def test_temperature_0_and_top_k_1_are_argmax(device, generator):
@@ -342,6 +397,15 @@ def test_temperature_0_and_top_k_1_are_argmax(device, generator):
     assert torch.equal(sample(**{**inputs, "temperature": torch.zeros(64, device=device)}), greedy)
     assert torch.equal(sample(**{**inputs, "top_k": torch.ones(64, dtype=torch.int64, device=device)}), greedy)
     assert torch.equal(sample(**{**inputs, "top_p": torch.full((64,), 1e-9, device=device)}), greedy)
+
+
+def test_min_p_1_draws_among_the_largest(device, generator):
+    inputs = mixed(64, 301, device, generator, torch.bfloat16)
+    inputs["logits"][:, 7] = inputs["logits"][:, 250] = 30.0
+    inputs.update(top_k=None, top_p=None, min_p=torch.ones(64, device=device))
+    tokens = sample(**inputs)
+    assert set(tokens.tolist()) == {7, 250}
+    assert bool((tokens[inputs["temperature"] == 0] == 7).all())
 
 
 def test_same_seed_same_position_same_token(device):
@@ -356,7 +420,7 @@ def test_empty_batch(device):
     logits = torch.empty(0, 10, device=device)
     none = torch.empty(0, dtype=torch.int64, device=device)
     floats = torch.empty(0, device=device)
-    assert argmax(logits).shape == sample(logits, none, none, floats, none, floats).shape == (0,)
+    assert argmax(logits).shape == sample(logits, none, none, floats, none, floats, floats).shape == (0,)
     assert gumbel_noise(none, none, 10).shape == (0, 10)
     assert launch_best(logits).shape == (0,)
     assert launch_noise(none, none, 10).shape == (0, 10)
@@ -371,6 +435,9 @@ OUT_OF_RANGE = [
     ("top_p", -0.5),
     ("top_p", 1.5),
     ("top_p", NAN),
+    ("min_p", -0.1),
+    ("min_p", 1.5),
+    ("min_p", NAN),
 ]
 
 
@@ -386,7 +453,7 @@ def test_parameters_out_of_range(generator, device, name, value):
     with pytest.raises(ArgumentError, match=rf"{name}\[1\] is {seen}, want it"):
         sample(**on_cpu)
     with pytest.raises(ArgumentError, match=name):
-        check_sampling(on_cpu["temperature"], on_cpu["top_k"], on_cpu["top_p"])
+        check_sampling(on_cpu["temperature"], on_cpu["top_k"], on_cpu["top_p"], on_cpu["min_p"])
 
 
 def test_wrong_arguments(device, generator):
@@ -399,6 +466,8 @@ def test_wrong_arguments(device, generator):
         sample(**{**inputs, "temperature": inputs["temperature"].double()})
     with pytest.raises(ShapeError, match=r"top_p has shape \(2,\), want \(3,\)"):
         sample(**{**inputs, "top_p": inputs["top_p"][:2]})
+    with pytest.raises(DtypeError, match=r"min_p is torch\.int64"):
+        sample(**{**inputs, "min_p": inputs["top_k"]})
     with pytest.raises(ShapeError, match=r"logits has shape \(50,\)"):
         sample(**{**inputs, "logits": inputs["logits"][0]})
     with pytest.raises(ShapeError, match="vocabulary has 0"):

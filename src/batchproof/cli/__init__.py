@@ -31,15 +31,24 @@ a prompt record:
   max_tokens   default 64
   temperature  default 0, which is greedy; else 1e-6 to 1e6
   top_p, top_k default 1 and 0, which filter nothing
+  min_p        default 0; what has less than this share of the largest probability goes, before top_k and top_p
+  repetition_penalty  default 1; the logits of tokens in the prompt and the answer so far are divided by it if above 0,
+               else multiplied
+  frequency_penalty, presence_penalty  default 0; -2 to 2, taken from the logits of tokens in the answer so far, for
+               each time and once
   seed         default 0; the noise of a token is keyed by (seed, its position)
+  logprobs, prompt_logprobs  default null; how many of the most probable tokens to tell at each token of the answer, or
+               of the prompt
 
-an answer record: id, text, token_ids, logprobs, finish_reason, receipt, environment, model, request.
+an answer record: id, text, token_ids, logprobs, finish_reason, receipt, environment, model, request; if asked for,
+top_logprobs and prompt_logprobs: {"logprob", "rank", "top": [[token id, logprob], ...]} for each token, null for a
+prompt's first. Logprobs are the model's, before penalties, temperature and filters.
 Answers are appended as they finish. Stop the command at any time and run it again: it does what is left.
 
 exit code: 0 all answered; 1 some lines were malformed (the others were answered); 2 it could not run.
 """
 _VERIFY = """\
-Recompute answers alone and in hostile company, and compare every bit: receipt, tokens, logprobs, text.
+Recompute answers alone and in hostile company, and compare every bit: receipt, tokens, all logprobs, text.
 
   batchproof verify answers.jsonl
   batchproof verify answers.jsonl --model /path/to/model --sample 20

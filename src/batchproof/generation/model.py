@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +94,17 @@ class Generator:
                 )
             except Exception as error:  # a template is a program of the model's, and may raise anything
                 raise RecordError(f"messages: the model's chat template does not take them: {error}") from error
-        p = record.parameters
-        return Request(
-            record.id, tuple(prompt_ids), p.max_tokens, p.temperature, p.top_p, p.top_k, p.seed, tuple(p.stop)
-        )
+        return Request(record.id, tuple(prompt_ids), **vars(record.parameters))
 
     def answer(self, record: PromptRecord, completion: Completion) -> dict[str, Any]:
         """The answer record of a completion."""
+        asked = {"top_logprobs": record.parameters.logprobs, "prompt_logprobs": record.parameters.prompt_logprobs}
         return {
             "id": record.id,
             "text": completion.text,
             "token_ids": completion.token_ids,
             "logprobs": completion.logprobs,
+            **{name: getattr(completion, name) for name, count in asked.items() if count is not None},
             "finish_reason": completion.finish_reason,
             "receipt": completion.chain.hexdigest,
             "environment": self.environment,
@@ -114,7 +113,5 @@ class Generator:
         }
 
     def _new_chain(self, request: Request) -> ReceiptChain:
-        parameters = Parameters(
-            request.max_tokens, request.temperature, request.top_p, request.top_k, request.seed, request.stop
-        )
+        parameters = Parameters(**{field.name: getattr(request, field.name) for field in fields(Parameters)})
         return ReceiptChain(self.digest, request.prompt_ids, parameters.to_json(), self.model.dtype)

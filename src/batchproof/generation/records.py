@@ -1,7 +1,8 @@
 """Prompt and answer records: one JSON object a line.
 
 A prompt record has ``prompt`` (a string) or ``messages`` (a chat), and may have ``id``, ``max_tokens``,
-``temperature``, ``top_p``, ``top_k``, ``seed`` and ``stop``. An answer record carries the prompt record it answers.
+``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty``, ``frequency_penalty``, ``presence_penalty``,
+``seed``, ``stop``, ``logprobs`` and ``prompt_logprobs``. An answer record carries the prompt record it answers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,10 +20,14 @@ from ..errors import RecordError
 
 __all__ = ["AnswerFile", "Parameters", "PromptRecord", "digest_of", "parse_prompt", "read_lines", "read_prompts"]
 
+# What every receipt has held from the first on. Other parameters are left out where they are neutral: an answer made
+# before they were there has the receipt that it would be given now.
+_ALWAYS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+
 
 @dataclass(frozen=True)
 class Parameters:
-    """How a prompt is continued. Temperature 0 is greedy; top_k 0 and top_p 1 filter nothing."""
+    """How a prompt is continued, and what is told about it; the defaults are greedy and neutral. See ``Request``."""
 
     max_tokens: int = 64
     temperature: float = 0.0
@@ -30,10 +35,21 @@ class Parameters:
     top_k: int = 0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**asdict(self), "stop": list(self.stop)}
+        """The fields as JSON values, less the neutral ones of those that are not ``_ALWAYS`` there."""
+        kept = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name in _ALWAYS or getattr(self, field.name) != field.default
+        }
+        return {**kept, "stop": list(self.stop)}
 
 
 @dataclass(frozen=True)
@@ -74,12 +90,19 @@ _CHECKS: dict[str, _Check] = {
     "temperature": _number(1e-6, 1e6, zero=True),
     "top_p": _number(1e-6, 1.0),
     "top_k": _integer(0, 2**31 - 1),
+    "min_p": _number(1e-6, 1.0, zero=True),
+    "repetition_penalty": _number(1e-3, 1e3),
+    "frequency_penalty": _number(-2.0, 2.0),
+    "presence_penalty": _number(-2.0, 2.0),
     "seed": _integer(-(2**63), 2**63 - 1),
     "stop": (
         lambda v: isinstance(v, list) and all(isinstance(s, str) and s for s in v),
         "a string or a list of strings, none empty",
     ),
+    "logprobs": _integer(0, 2**31 - 1),
+    "prompt_logprobs": _integer(0, 2**31 - 1),
 }
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 
 
 def parse_prompt(value: Any, default_id: str) -> PromptRecord:
@@ -103,17 +126,18 @@ def parse_prompt(value: Any, default_id: str) -> PromptRecord:
     record_id = value.get("id", default_id)
     if not isinstance(record_id, str | int) or isinstance(record_id, bool) or record_id == "":
         raise RecordError(f"id is {record_id!r}, want a string or an integer")
-    fields = {name: value[name] for name in _CHECKS if value.get(name) is not None}
-    if isinstance(fields.get("stop"), str):
-        fields["stop"] = [fields["stop"]]
-    for name, field in fields.items():
+    given = {name: value[name] for name in _CHECKS if value.get(name) is not None}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    for name, field in given.items():
         good, wanted = _CHECKS[name]
         if not good(field):
             raise RecordError(f"{name} is {field!r}, want {wanted}")
-    for name in ("temperature", "top_p"):
-        if name in fields:
-            fields[name] = float(fields[name])
-    parameters = Parameters(**{**fields, "stop": tuple(fields.get("stop", ()))})
+    for name in set(_NUMBERS) & set(given):
+        given[name] = float(given[name])
+        if name not in _ALWAYS:
+            given[name] += 0.0  # -0 is 0, and neutral
+    parameters = Parameters(**{**given, "stop": tuple(given.get("stop", ()))})
     return PromptRecord(str(record_id), prompt, None if messages is None else tuple(messages), parameters)
 
 

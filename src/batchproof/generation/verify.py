@@ -20,6 +20,7 @@ DIFFERS = "differs"
 ELSEWHERE = "made elsewhere"  # another environment: its receipt says nothing here
 UNREADABLE = "unreadable"
 _COMPARED = ("receipt", "token_ids", "logprobs", "finish_reason", "text")
+_IF_ASKED_FOR = ("top_logprobs", "prompt_logprobs")
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,11 @@ def _stages(generator: Generator, requests: list[Request], seed: int) -> list[tu
         prompt = tuple(rng.randrange(vocab) for _ in range(length))
         crowd.append(
             Request(
-                f"\0neighbour {number}", prompt, rng.randint(1, 40), rng.choice((0.0, 1.5)), seed=rng.getrandbits(32)
+                f"\0neighbour {number}", prompt, rng.randint(1, 40), rng.choice((0.0, 1.5)), seed=rng.getrandbits(32),
+                min_p=rng.choice((0.0, 0.1)), repetition_penalty=rng.choice((1.0, 1.5)),
+                prompt_logprobs=rng.choice((None, 3)),
             )
-        )
+        )  # fmt: skip
     rng.shuffle(crowd)
     size = min(len(crowd), rng.randint(9, 48))
     return [
@@ -137,7 +140,7 @@ def _difference(given: dict[str, Any], computed: dict[str, Any]) -> str:
             (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours))
         )
         return f"token {same} differs"
-    wrong = [field for field in _COMPARED if given[field] != computed[field]]
+    wrong = [field for field in (*_COMPARED, *_IF_ASKED_FOR) if given.get(field) != computed.get(field)]
     return f"{', '.join(wrong)} differ{'s' if len(wrong) == 1 else ''}" if wrong else ""
 
 

@@ -9,17 +9,25 @@ from ..errors import ArgumentError, DeviceError, ShapeError
 from ._gumbel import BLOCK
 from ._library import check_dtype
 
-__all__ = ["check_sampling", "validate_argmax", "validate_noise", "validate_sample"]
+__all__ = [
+    "check_rows_of",
+    "check_sampling",
+    "check_values",
+    "validate_argmax",
+    "validate_noise",
+    "validate_sample",
+]
 
 MAX_VOCAB = 65535 * BLOCK  # the second axis of a CUDA grid
+_INTEGERS = ("seeds", "positions", "top_k", "tokens")
 
 
-def _check_rows(op: str, num_tokens: int, device: torch.device, **rows: Tensor | None) -> None:
+def check_rows_of(op: str, num_tokens: int, device: torch.device, **rows: Tensor | None) -> None:
     """Each of ``rows`` is None or [num_tokens] of the dtype its name asks for, on ``device``."""
     for name, tensor in rows.items():
         if tensor is None:
             continue
-        check_dtype(op, name, tensor, (torch.float32 if name in ("temperature", "top_p") else torch.int64,))
+        check_dtype(op, name, tensor, (torch.int64 if name in _INTEGERS else torch.float32,))
         if tensor.shape != (num_tokens,):
             raise ShapeError(f"{op}: {name} has shape {tuple(tensor.shape)}, want ({num_tokens},), one value a token")
         if tensor.device != device:
@@ -34,7 +42,7 @@ def _check_vocab(op: str, vocab_size: int) -> None:
 def validate_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> None:
     if seeds.dim() != 1:
         raise ShapeError(f"gumbel_noise: seeds has shape {tuple(seeds.shape)}, want [num_tokens]")
-    _check_rows("gumbel_noise", seeds.shape[0], seeds.device, seeds=seeds, positions=positions)
+    check_rows_of("gumbel_noise", seeds.shape[0], seeds.device, seeds=seeds, positions=positions)
     _check_vocab("gumbel_noise", vocab_size)
 
 
@@ -45,27 +53,31 @@ def validate_argmax(x: Tensor, op: str = "argmax", name: str = "x") -> None:
     _check_vocab(op, x.shape[1])
 
 
-def validate_sample(
-    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None
-) -> None:
+def validate_sample(logits: Tensor, *rows: Tensor | None) -> None:
+    """``rows`` are seeds, positions, temperature, top_k, top_p and, if any, min_p."""
     validate_argmax(logits, "sample", "logits")
-    rows = {"seeds": seeds, "positions": positions, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    _check_rows("sample", logits.shape[0], logits.device, **rows)
+    names = ("seeds", "positions", "temperature", "top_k", "top_p", "min_p")
+    check_rows_of("sample", logits.shape[0], logits.device, **dict(zip(names, rows, strict=False)))
 
 
-def check_sampling(temperature: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None) -> None:
-    """ArgumentError unless temperature is finite and not negative, top_k not negative and top_p in (0, 1].
+def check_sampling(
+    temperature: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None, min_p: Tensor | None = None
+) -> None:
+    """ArgumentError unless temperature is finite, it and top_k not negative, top_p in (0, 1] and min_p in [0, 1].
 
     For the host's copy of the parameters, before they go to a GPU, where ``sample`` does not wait to read them.
     """
-    _check_values("temperature", temperature, (temperature >= 0) & temperature.isfinite(), "finite and not negative")
+    check_values("temperature", temperature, (temperature >= 0) & temperature.isfinite(), "finite and not negative")
     if top_k is not None:
-        _check_values("top_k", top_k, top_k >= 0, "not negative (0 keeps all)")
+        check_values("top_k", top_k, top_k >= 0, "not negative (0 keeps all)")
     if top_p is not None:
-        _check_values("top_p", top_p, (top_p > 0) & (top_p <= 1), "in (0, 1]")
+        check_values("top_p", top_p, (top_p > 0) & (top_p <= 1), "in (0, 1]")
+    if min_p is not None:
+        check_values("min_p", min_p, (min_p >= 0) & (min_p <= 1), "in [0, 1]")
 
 
-def _check_values(name: str, values: Tensor, good: Tensor, wanted: str) -> None:
+def check_values(name: str, values: Tensor, good: Tensor, wanted: str, op: str = "sample") -> None:
+    """ArgumentError, with the first of ``values`` [num_tokens] that is not ``good``, if one is not."""
     if not bool(good.all()):
         row = int((~good).nonzero()[0])
-        raise ArgumentError(f"sample: {name}[{row}] is {values[row].item()}, want it {wanted}")
+        raise ArgumentError(f"{op}: {name}[{row}] is {values[row].item()}, want it {wanted}")

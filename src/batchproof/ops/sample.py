@@ -12,13 +12,14 @@ largest noises over a vocabulary of 128k would tie once in a hundred rows.
 
 Invariance: nothing floating is summed but in the softmax of top-p, which is ours. Philox is integers; noise, scaling
 and noise added are elementwise, without FMA; a maximum under "larger value, then lower index" is the same in any
-order, so a row may be cut among programs in any way; a stable sort has one answer; and top-p adds probabilities in
-int64 fixed point, where a cumulative sum is exact. Filters act within a row, so whether a neighbour asks for one, or
-none does and the sort is not done, changes nothing. On the CPU the logarithms are ``_exact``'s; CPU and GPU share the
-random integers, and their noise agrees to a few ulp.
+order, so a row may be cut among programs in any way; a stable sort has one answer; min-p compares with a threshold that
+its row alone decides; and top-p adds probabilities in int64 fixed point, where a cumulative sum is exact. Filters act
+within a row, so whether a neighbour asks for one, or none does and the sort is not done, changes nothing. On the CPU
+the logarithms are ``_exact``'s; CPU and GPU share the random integers, and their noise agrees to a few ulp.
 
 Source: Salmon, Moraes, Dror, Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011 (Philox, checked against the
-known answers of Random123); Gumbel, 1954, for the maximum; Holtzman et al., 2020, for top-p.
+known answers of Random123); Gumbel, 1954, for the maximum; Holtzman et al., 2020, for top-p; Nguyen et al., 2024, for
+min-p, which comes first, as in vLLM.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from ._gumbel import (
 )
 from ._library import register_op, require_no_grad
 from ._sample_checks import check_sampling, validate_argmax, validate_noise, validate_sample
+from ._sample_filters import filter_logits, scaled
 from ._triton import device_guard, tl, triton
-from .softmax import softmax
 
 __all__ = [
     "argmax",
@@ -53,8 +54,6 @@ __all__ = [
     "sample",
     "sample_reference",
 ]
-
-MASS_BITS = 40  # top-p adds probabilities as multiples of 2**-40; one under 2**-41 counts as none
 
 
 def gumbel_noise_reference(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
@@ -76,8 +75,9 @@ def sample_reference(
     temperature: Tensor,
     top_k: Tensor | None = None,
     top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
 ) -> Tensor:
-    """Row by row: rank the scaled logits, cut the ranking at top_k, then at top_p; the first best with noise added."""
+    """Row by row: rank the scaled logits, cut by min_p, then top_k, then top_p; the first best with noise added."""
     noise = gumbel_noise_reference(seeds, positions, logits.shape[1])
     tokens = argmax_reference(logits)
     for row in range(logits.shape[0]):
@@ -85,6 +85,8 @@ def sample_reference(
             continue
         x = logits[row].float().nan_to_num(-torch.inf, torch.inf, -torch.inf) / temperature[row]
         ranked = x.sort(descending=True, stable=True).indices
+        if min_p is not None and min_p[row] > 0:
+            ranked = ranked[x[ranked] >= x.max().double() + min_p[row].double().log()]
         if top_k is not None and top_k[row] > 0:
             ranked = ranked[: int(top_k[row])]
         if top_p is not None and top_p[row] < 1 and x[ranked[0]] > -torch.inf:
@@ -122,8 +124,9 @@ def _block_best_kernel(
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def _row_best_kernel(
-    keys_ptr, temperature_ptr, top_k_ptr, top_p_ptr, out_ptr, num_blocks: tl.int64,
+    keys_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, out_ptr, num_blocks: tl.int64,
     BLOCK: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr,
+    HAS_MIN_P: tl.constexpr,
 ):  # fmt: skip
     """The index of the row's best block maximum; -1 where a parameter is out of range."""
     row = tl.program_id(0).to(tl.int64)
@@ -140,11 +143,14 @@ def _row_best_kernel(
     if HAS_TOP_P:
         top_p = tl.load(top_p_ptr + row)
         valid = valid & (top_p > 0.0) & (top_p <= 1.0)
+    if HAS_MIN_P:
+        min_p = tl.load(min_p_ptr + row)
+        valid = valid & (min_p >= 0.0) & (min_p <= 1.0)
     tl.store(out_ptr + row, tl.where(valid, index, -1))
 
 
 def launch_best(x: Tensor, *rows: Tensor | None) -> Tensor:
-    """Argmax of ``x``; or given seeds, positions, temperature, top_k and top_p, Gumbel-max.
+    """Argmax of ``x``; or given seeds, positions, temperature, top_k, top_p and min_p, Gumbel-max.
 
     The filters have been applied to ``x`` already; here they are only checked for being in range.
     """
@@ -155,47 +161,19 @@ def launch_best(x: Tensor, *rows: Tensor | None) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     num_blocks = triton.cdiv(vocab_size, BLOCK)
     keys = x.new_empty(num_tokens, num_blocks, dtype=torch.int64)
-    seeds, positions, temperature, top_k, top_p = (None if t is None else t.contiguous() for t in rows or (None,) * 5)
+    given = (None if t is None else t.contiguous() for t in rows or (None,) * 6)
+    seeds, positions, temperature, top_k, top_p, min_p = given
     with device_guard(x):
         _block_best_kernel[(num_tokens, num_blocks)](
             x, seeds, positions, temperature, keys, x.stride(0), vocab_size,
             BLOCK=BLOCK, SAMPLE=temperature is not None, num_warps=NUM_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
         _row_best_kernel[(num_tokens,)](
-            keys, temperature, top_k, top_p, out, num_blocks,
+            keys, temperature, top_k, top_p, min_p, out, num_blocks,
             BLOCK=triton.next_power_of_2(num_blocks), HAS_TEMPERATURE=temperature is not None,
-            HAS_TOP_K=top_k is not None, HAS_TOP_P=top_p is not None, num_warps=1,
+            HAS_TOP_K=top_k is not None, HAS_TOP_P=top_p is not None, HAS_MIN_P=min_p is not None, num_warps=1,
         )  # fmt: skip
     return out
-
-
-def _scale(logits: Tensor, temperature: Tensor) -> Tensor:
-    """``logits / temperature`` in fp32, by 1 in greedy rows; NaN as -inf, -0 as +0 (a radix sort may part them)."""
-    divisor = torch.where(temperature > 0, temperature, torch.ones_like(temperature)).unsqueeze(1)
-    return (logits.float() / divisor).nan_to_num_(-torch.inf, torch.inf, -torch.inf).add_(0.0)
-
-
-def filter_logits(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
-    """``logits`` with -inf at what top_k and top_p remove; a row that asks for nothing comes back as it was.
-
-    The ranking is that of the scaled logits, which is that of the probabilities before they are rounded.
-    """
-    ranked, index = _scale(logits, temperature).sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    kept = torch.ones_like(ranked, dtype=torch.bool)
-    if top_k is not None:
-        kept = (rank < top_k.unsqueeze(1)) | (top_k == 0).unsqueeze(1)
-    if top_p is not None:
-        # two infinities have no difference: the largest finite number takes all the mass just as well
-        finite = ranked.clamp(max=torch.finfo(torch.float32).max).masked_fill_(~kept, -torch.inf)
-        share = softmax(finite).nan_to_num_(0.0)  # NaN: a row of -inf
-        mass = (share.double() * 2.0**MASS_BITS).round_().to(torch.int64)
-        wanted = (top_p.double() * 2.0**MASS_BITS).ceil_().to(torch.int64)  # at least 1, so the first is kept
-        before = mass.cumsum(-1) - mass
-        kept &= (before < wanted.unsqueeze(1)) | (top_p == 1).unsqueeze(1)
-    kept |= (temperature == 0).unsqueeze(1)
-    removed = torch.ones_like(kept).scatter_(1, index, ~kept)
-    return logits.masked_fill(removed, -torch.inf)
 
 
 def _gumbel_noise_cpu(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
@@ -231,41 +209,52 @@ def _argmax_fake(x: Tensor) -> Tensor:
 
 
 def _sample_cpu(
-    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None = None,
 ) -> Tensor:
-    validate_sample(logits, seeds, positions, temperature, top_k, top_p)
-    check_sampling(temperature, top_k, top_p)
+    validate_sample(logits, seeds, positions, temperature, top_k, top_p, min_p)
+    check_sampling(temperature, top_k, top_p, min_p)
     tokens = _argmax_cpu(logits)
     drawn = temperature > 0
     if not bool(drawn.any()):
         return tokens
     # only the rows that ask for noise, and of them only those that ask for a filter, are given one
     logits, temperature = logits[drawn], temperature[drawn]
-    top_k, top_p = (None if t is None else t[drawn] for t in (top_k, top_p))
+    top_k, top_p, min_p = (None if t is None else t[drawn] for t in (top_k, top_p, min_p))
     filtered = torch.zeros_like(temperature, dtype=torch.bool)
     filtered = filtered if top_k is None else filtered | (top_k > 0)
     filtered = filtered if top_p is None else filtered | (top_p < 1)
+    filtered = filtered if min_p is None else filtered | (min_p > 0)
     if bool(filtered.any()):
-        chosen = (None if t is None else t[filtered] for t in (top_k, top_p))
+        chosen = (None if t is None else t[filtered] for t in (top_k, top_p, min_p))
         logits[filtered] = filter_logits(logits[filtered], temperature[filtered], *chosen)
     noise = _gumbel_noise_cpu(seeds[drawn], positions[drawn], logits.shape[1])
-    tokens[drawn] = _argmax_cpu(_scale(logits, temperature).add_(noise))
+    tokens[drawn] = _argmax_cpu(scaled(logits, temperature).add_(noise))
     return tokens
 
 
 def _sample_cuda(
-    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None = None,
 ) -> Tensor:
-    validate_sample(logits, seeds, positions, temperature, top_k, top_p)
-    if logits.shape[0] and (top_k is not None or top_p is not None):
-        logits = filter_logits(logits, temperature, top_k, top_p)
-    return launch_best(logits, seeds, positions, temperature, top_k, top_p)
+    validate_sample(logits, seeds, positions, temperature, top_k, top_p, min_p)
+    if logits.shape[0] and any(t is not None for t in (top_k, top_p, min_p)):
+        logits = filter_logits(logits, temperature, top_k, top_p, min_p)
+    return launch_best(logits, seeds, positions, temperature, top_k, top_p, min_p)
 
 
-def _sample_fake(
-    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None
-) -> Tensor:
-    validate_sample(logits, seeds, positions, temperature, top_k, top_p)
+def _sample_fake(logits: Tensor, *rows: Tensor | None) -> Tensor:
+    validate_sample(logits, *rows)
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
@@ -275,7 +264,8 @@ _gumbel_noise = register_op(
 )  # fmt: skip
 _argmax = register_op("argmax(Tensor x) -> Tensor", cpu=_argmax_cpu, cuda=_argmax_cuda, fake=_argmax_fake)
 _sample = register_op(
-    "sample(Tensor logits, Tensor seeds, Tensor positions, Tensor temperature, Tensor? top_k, Tensor? top_p) -> Tensor",
+    "sample(Tensor logits, Tensor seeds, Tensor positions, Tensor temperature, Tensor? top_k, Tensor? top_p, "
+    "Tensor? min_p=None) -> Tensor",
     cpu=_sample_cpu, cuda=_sample_cuda, fake=_sample_fake,
 )  # fmt: skip
 
@@ -329,8 +319,9 @@ def sample(
     temperature: Tensor,
     top_k: Tensor | None = None,
     top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
 ) -> Tensor:
-    """Draw one token a row from ``softmax(logits / temperature)``, cut by top_k and then by top_p.
+    """Draw one token a row from ``softmax(logits / temperature)``, cut by min_p, then by top_k, then by top_p.
 
     Args:
         logits: [num_tokens, vocab_size], fp32, fp16 or bf16, any strides. NaN counts as -inf.
@@ -342,9 +333,11 @@ def sample(
             None if no row wants it.
         top_p: fp32 [num_tokens] in (0, 1]: the shortest run of the ranking whose probability, among what top_k left,
             is at least this; 1 keeps all. None if no row wants it.
+        min_p: fp32 [num_tokens] in [0, 1]: kept is what has at least this share of the largest probability, before
+            the other filters; 0 keeps all, 1 the largest and its equals. None if no row wants it.
 
     Returns:
-        int64 [num_tokens]; 0 for a row of nothing but -inf and NaN. With both filters None nothing is sorted.
+        int64 [num_tokens]; 0 for a row of nothing but -inf and NaN. With top_k and top_p None nothing is sorted.
 
     Invariance: a row's token depends on its own row of each argument alone; see the module docstring.
 
@@ -354,10 +347,10 @@ def sample(
             the row's token is -1, which is none; ``check_sampling`` is for the host's copy.
         UnsupportedError: autograd would record the call.
 
-    Source: the Gumbel-max trick; top-p after Holtzman et al., 2020.
+    Source: the Gumbel-max trick; top-p after Holtzman et al., 2020; min-p after Nguyen et al., 2024.
     """
-    require_no_grad("sample", logits, temperature, top_p)
-    result: Tensor = _sample(logits, seeds, positions, temperature, top_k, top_p)
+    require_no_grad("sample", logits, temperature, top_p, min_p)
+    result: Tensor = _sample(logits, seeds, positions, temperature, top_k, top_p, min_p)
     return result
 
 
@@ -385,11 +378,12 @@ def _sample_inputs(num_tokens: int, dtype: torch.dtype, device: torch.device, ge
         "temperature": choice(0.0, 0.5, 1.0, 1.5),
         "top_k": choice(0, 1, 50, 4099),
         "top_p": choice(1.0, 0.95, 0.5, 1e-6),
+        "min_p": choice(0.0, 0.05, 0.5, 1.0),
     }
 
 
 _NOISE_AXES = {"seeds": 0, "positions": 0}
-_SAMPLE_AXES = {"logits": 0, **_NOISE_AXES, "temperature": 0, "top_k": 0, "top_p": 0}
+_SAMPLE_AXES = {"logits": 0, **_NOISE_AXES, "temperature": 0, "top_k": 0, "top_p": 0, "min_p": 0}
 
 # two of the three return integers, which have no tolerance: they are compared exactly
 register_spec(

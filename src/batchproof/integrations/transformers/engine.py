@@ -1,7 +1,7 @@
 """Generation by transformers' continuous batching, with what it cannot carry added through its own classes.
 
-A request brings its seed, temperature, top_k, top_p and stop strings; every sampled row of logits is hashed into the
-request's receipt. Tokens are drawn by ``ops.sample``, whose noise is keyed by (seed, position). Requests join and
+A request brings its seed, temperature, filters, penalties and stop strings; every sampled row of logits is hashed into
+the request's receipt. Tokens are drawn by ``ops.sample``, whose noise is keyed by (seed, position). Requests join and
 leave the batch as they come and go, are prefilled in chunks and evicted when the cache is full: none of it shows in
 the bits, because every op under it is batch-invariant.
 """
@@ -9,7 +9,7 @@ the bits, because every op under it is batch-invariant.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,13 +19,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
-from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 
 from ...errors import ArgumentError, RecordError
-from ...ops.sample import sample
-from ...ops.softmax import log_softmax
+from ...ops.penalties import check_penalties
+from ...ops.sample import check_sampling
 from .attention import NAME
+from .runner import Runner
 
 __all__ = ["Completion", "Engine", "Request"]
 
@@ -34,7 +34,12 @@ PAGE_SIZE = 16  # tokens
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and how to continue it. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 filter nothing."""
+    """One prompt and how to continue it.
+
+    ``temperature`` 0 is greedy; ``top_p`` 1, ``top_k`` 0 and ``min_p`` 0 filter nothing; a ``repetition_penalty`` of 1
+    and the other two of 0 are neutral. ``logprobs`` and ``prompt_logprobs`` are how many of the most probable tokens to
+    tell at each token drawn and each of the prompt; None tells nothing.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -44,16 +49,29 @@ class Request:
     top_k: int = 0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass
 class Completion:
-    """What a request became. ``logprobs`` are of the unscaled, unfiltered distribution; ``chain`` is the receipt."""
+    """What a request became; ``chain`` is the receipt.
+
+    ``logprobs`` are of the unpenalised, unscaled, unfiltered distribution. ``top_logprobs`` has an entry a token drawn,
+    and ``prompt_logprobs`` one a token of the prompt but the first, which nothing predicts: {"logprob", "rank", "top":
+    [[id, logprob], ...]}, if the request asked for them.
+    """
 
     request: Request
     chain: Any
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[str, Any]] = field(default_factory=list)
+    prompt_logprobs: list[dict[str, Any] | None] = field(default_factory=lambda: [None])
     finish_reason: str = "length"
     text: str = ""
 
@@ -93,45 +111,8 @@ class _State(RequestState):
         return output
 
 
-class _Runner(ModelRunner):
-    """The model runner with our sampler in the place of softmax and multinomial over the whole batch."""
-
-    model_dtype: torch.dtype
-    on_tokens: Callable[[int], None]
-
-    def _sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
-        """Draw a token for every row of ``scores`` [1, rows, vocab] fp32 that belongs to a request with a new token."""
-        states = [f.state for f in self.inputs_and_outputs.requests_in_batch if f.has_new_token]
-        if not states:
-            return
-        logits = scores[0, : len(states)]
-        requests = [state.completion.request for state in states]
-
-        def row(values: Iterable[Any], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(list(values), dtype=dtype, device=logits.device)
-
-        tokens = sample(
-            logits,
-            row((r.seed for r in requests), torch.int64),
-            row((state.position_offset for state in states), torch.int64),
-            row((r.temperature for r in requests), torch.float32),
-            row((r.top_k for r in requests), torch.int64),
-            row((r.top_p for r in requests), torch.float32),
-        )
-        logprobs = log_softmax(logits).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
-        output_ids[0, : len(states)] = tokens.to(output_ids.dtype)
-        # The model computed the logits in its own dtype and they were widened since: this takes them back exactly.
-        bits = logits.to(self.model_dtype).cpu().contiguous().view(torch.uint8).numpy()
-        for i, (state, token, logprob) in enumerate(zip(states, tokens.tolist(), logprobs, strict=True)):
-            completion = state.completion
-            completion.token_ids.append(token)
-            completion.logprobs.append(logprob)
-            completion.chain.add(bits[i].data, token)
-        self.on_tokens(len(states))
-
-
 class _Manager(ContinuousBatchingManager):
-    """The manager, driven step by step on the caller's thread, with ``_Runner`` and ``_State``."""
+    """The manager, driven step by step on the caller's thread, with ``Runner`` and ``_State``."""
 
     on_tokens: Callable[[int], None]
 
@@ -142,7 +123,7 @@ class _Manager(ContinuousBatchingManager):
         if io.compute_stream is not None:  # inputs are copied on the default stream: compute there as well
             io.compute_stream = None
             processor.offloading_manager._compute_stream = None
-        processor.model_runner = _Runner(
+        processor.model_runner = Runner(
             logit_processor=processor.logit_processor,
             cb_config=processor.cb_config,
             inputs_and_outputs=io,
@@ -221,7 +202,7 @@ class Engine:
         self.eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
     def check(self, request: Request) -> None:
-        """RecordError if the model cannot take the request."""
+        """RecordError if the model cannot take the request, ArgumentError if a sampling parameter is out of range."""
         limit = self.model.config.max_position_embeddings
         vocab = self.model.config.vocab_size
         if not request.prompt_ids:
@@ -233,6 +214,15 @@ class Engine:
             )
         if not all(0 <= token < vocab for token in request.prompt_ids):
             raise RecordError(f"the prompt has token ids outside 0 to {vocab - 1}, the model's vocabulary")
+        for name in ("logprobs", "prompt_logprobs"):
+            if not 0 <= (getattr(request, name) or 0) <= vocab:
+                raise RecordError(f"{name} is {getattr(request, name)}, want 0 to {vocab}, the model's vocabulary")
+        # here, for on a GPU the ops do not wait to look
+        floats = (request.temperature, request.top_p, request.min_p)
+        temperature, top_p, min_p = torch.tensor(floats, dtype=torch.float32).split(1)
+        check_sampling(temperature, torch.tensor([request.top_k]), top_p, min_p)
+        penalties = (request.repetition_penalty, request.frequency_penalty, request.presence_penalty)
+        check_penalties(*torch.tensor(penalties, dtype=torch.float32).split(1))
 
     def is_stopped(self, completion: Completion) -> bool:
         """Whether the last token ended the text: an end-of-sequence token, or the end of a stop string."""
