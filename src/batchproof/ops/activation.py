@@ -110,14 +110,14 @@ def _activation_kernel(
     dtype = x_ptr.dtype.element_ty
     wait_for_inputs(PDL)
     launch_dependents(PDL)
+    x = tl.load(x_ptr + columns, mask=mask, other=0.0).to(ACC)
+    if GATED:
+        up = tl.load(x_ptr + width + columns, mask=mask, other=0.0).to(tl.float32)
     if scale_ptr is not None:
         factor = tl.div_rn(1.0, tl.load(scale_ptr))
-
-    x = tl.load(x_ptr + columns, mask=mask, other=0.0).to(ACC)
     v = x * (x * x * _GELU_CUBIC_TL + _GELU_LINEAR_TL) if GELU else x
     y = times_sigmoid(x, v).to(dtype)
     if GATED:
-        up = tl.load(x_ptr + width + columns, mask=mask, other=0.0).to(tl.float32)
         y = (y.to(tl.float32) * up).to(dtype)
     if scale_ptr is not None:
         y = to_fp8(y.to(tl.float32) * factor, FP8_MAX_TL)

@@ -16,6 +16,8 @@ from typing import Any
 
 from ..._version import __version__
 from ...mode import read_flag
+from . import attention_hooks
+from .attention_hooks import lacks
 
 __all__ = ["HOOKS", "PROVIDER", "Hook"]
 
@@ -65,11 +67,6 @@ def _on_hopper() -> str:
         return "0"
 
 
-def _lacks(owner: Any, *names: str) -> str | None:
-    absent = [name for name in names if not hasattr(owner, name)]
-    return f"{getattr(owner, '__name__', owner)} has no {', '.join(absent)}" if absent else None
-
-
 def _probe_layer(name: str, *parameters: str) -> str | None:
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers import layernorm
@@ -82,7 +79,7 @@ def _probe_layer(name: str, *parameters: str) -> str | None:
     if taken is not None and not taken.__module__.startswith("batchproof."):
         return f"another plug-in has registered {taken.__module__}.{taken.__qualname__} for {name}"
     absent = [wanted for wanted in parameters if wanted not in inspect.getsource(layer.__init__)]
-    return _lacks(layer, "register_oot") or (f"{name} sets no {', '.join(absent)}" if absent else None)
+    return lacks(layer, "register_oot") or (f"{name} sets no {', '.join(absent)}" if absent else None)
 
 
 def _install_layer(name: str) -> None:
@@ -115,7 +112,7 @@ def _probe_ir_ops() -> str | None:
             return f"vllm.ir.ops.{name} takes {found}, want {wanted}"
         if name not in IrOpPriorityConfig.__dataclass_fields__:
             return f"IrOpPriorityConfig has no {name}"
-    return _lacks(type(current_platform), "get_default_ir_op_priority")
+    return lacks(type(current_platform), "get_default_ir_op_priority")
 
 
 def _install_ir_ops() -> None:
@@ -267,7 +264,7 @@ def _probe_fp8_block_linear() -> str | None:
     kernels = getattr(linear, "_POSSIBLE_FP8_BLOCK_KERNELS", {})
     if not kernels.get(PlatformEnum.CUDA):
         return "there is no list of fp8 linear kernels with scales for blocks for CUDA"
-    return _lacks(Base, "_get_layer_params", "apply_block_scaled_mm")
+    return lacks(Base, "_get_layer_params", "apply_block_scaled_mm")
 
 
 def _install_fp8_block_linear() -> None:
@@ -277,50 +274,6 @@ def _install_fp8_block_linear() -> None:
     from .block_linear import InvariantFp8BlockScaledMMKernel
 
     _put_first(linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CUDA], InvariantFp8BlockScaledMMKernel)
-
-
-_ATTENTION = "vllm.v1.attention.backends.triton_attn"  # which calls unified_attention by its own name
-_ATTENDS = [
-    "q", "k", "v", "out", "cu_seqlens_q", "max_seqlen_q", "seqused_k", "max_seqlen_k", "softmax_scale", "causal",
-    "window_size", "block_table", "softcap",
-]  # fmt: skip
-
-
-def _probe_attention() -> str | None:
-    from .attention import NEUTRAL
-
-    module = import_module(_ATTENTION)
-    absent = _lacks(module, "unified_attention", "TritonAttentionMetadataBuilder")
-    if absent:
-        return absent
-    found = inspect.signature(module.unified_attention).parameters
-    if list(found)[: len(_ATTENDS)] != _ATTENDS:
-        return f"unified_attention begins with {list(found)[: len(_ATTENDS)]}, want {_ATTENDS}"
-    unknown = [name for name in (*NEUTRAL, "sinks") if name not in found]
-    if unknown:
-        return f"unified_attention has no {', '.join(unknown)}"
-    builder = inspect.signature(module.TritonAttentionMetadataBuilder.__init__).parameters
-    return None if "vllm_config" in builder else "its builder takes no vllm_config"
-
-
-def _install_attention() -> None:
-    from .attention import attention_over_ours
-
-    module: Any = import_module(_ATTENTION)
-    if hasattr(module.unified_attention, "__wrapped__"):
-        return
-    prefixes: list[bool] = []  # whether a model sees some of its prompt both ways, in batches that have such a prompt
-    builder = module.TritonAttentionMetadataBuilder
-    build = builder.__init__
-
-    @functools.wraps(build)
-    def note_and_build(self: Any, *arguments: Any, **named: Any) -> None:
-        given = inspect.signature(build).bind(self, *arguments, **named).arguments["vllm_config"]
-        prefixes.append(bool(getattr(given.model_config, "is_mm_prefix_lm", False)))
-        build(self, *arguments, **named)
-
-    builder.__init__ = note_and_build
-    module.unified_attention = attention_over_ours(module.unified_attention, lambda: not any(prefixes))
 
 
 def _probe_graph_passes() -> str | None:
@@ -337,7 +290,7 @@ def _probe_graph_passes() -> str | None:
         return f"MatcherQuantFP8 takes {list(found)}, want a quant_key"
     if "self.passes" not in inspect.getsource(PostGradPassManager):
         return "PostGradPassManager has no passes"
-    return _lacks(PostGradPassManager, "configure")
+    return lacks(PostGradPassManager, "configure")
 
 
 _PASS_MANAGER = f"{__package__}.passes.InvariantPassManager"
@@ -412,8 +365,17 @@ HOOKS = (
     Hook(
         "attention",
         "attention of the Triton backend",
-        _probe_attention,
-        _install_attention,
+        attention_hooks.probe_attention,
+        attention_hooks.install_attention,
         switch="BATCHPROOF_ATTENTION",
+        default=_on_hopper,
+    ),
+    Hook(
+        "rope",
+        "rotary embeddings, with the write of the Triton backend's cache",
+        attention_hooks.probe_rope,
+        attention_hooks.install_rope,
+        switch="BATCHPROOF_ATTENTION",
+        default=_on_hopper,
     ),
 )

@@ -24,8 +24,8 @@ def fuses_norm_quant() -> bool:
 
 
 def fuses_activation_quant() -> bool:
-    """Whether BATCHPROOF_FUSE_ACTIVATION_QUANT makes SiLU and the quantisation behind it one kernel; default no."""
-    return read_flag("BATCHPROOF_FUSE_ACTIVATION_QUANT", default="0")
+    """Whether BATCHPROOF_FUSE_ACTIVATION_QUANT makes SiLU and the quantisation behind it one kernel; default yes."""
+    return read_flag("BATCHPROOF_FUSE_ACTIVATION_QUANT", default="1")
 
 
 def register() -> None:

@@ -1,0 +1,125 @@
+"""How attention, and the rotary embedding before it, are taken over: what is needed of vLLM, and how it is put in place.
+
+As in ``hooks``, everything of vLLM is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from importlib import import_module
+from typing import Any
+
+__all__ = ["install_attention", "install_rope", "lacks", "probe_attention", "probe_rope"]
+
+
+def lacks(owner: Any, *names: str) -> str | None:
+    """Which of the names there are none of, in a few words; None if there are all."""
+    absent = [name for name in names if not hasattr(owner, name)]
+    return f"{getattr(owner, '__name__', owner)} has no {', '.join(absent)}" if absent else None
+
+
+_ATTENTION = "vllm.v1.attention.backends.triton_attn"  # which calls unified_attention by its own name
+_ATTENDS = [
+    "q", "k", "v", "out", "cu_seqlens_q", "max_seqlen_q", "seqused_k", "max_seqlen_k", "softmax_scale", "causal",
+    "window_size", "block_table", "softcap",
+]  # fmt: skip
+
+
+def probe_attention() -> str | None:
+    """What is missing of the Triton backend; None if nothing."""
+    from .attention import NEUTRAL
+
+    module = import_module(_ATTENTION)
+    absent = lacks(module, "unified_attention", "TritonAttentionMetadataBuilder")
+    if absent:
+        return absent
+    found = inspect.signature(module.unified_attention).parameters
+    if list(found)[: len(_ATTENDS)] != _ATTENDS:
+        return f"unified_attention begins with {list(found)[: len(_ATTENDS)]}, want {_ATTENDS}"
+    unknown = [name for name in (*NEUTRAL, "sinks") if name not in found]
+    if unknown:
+        return f"unified_attention has no {', '.join(unknown)}"
+    builder = inspect.signature(module.TritonAttentionMetadataBuilder.__init__).parameters
+    return None if "vllm_config" in builder else "its builder takes no vllm_config"
+
+
+def install_attention() -> None:
+    """Ours under the Triton backend's ``unified_attention``."""
+    from .attention import attention_over_ours
+
+    module: Any = import_module(_ATTENTION)
+    if hasattr(module.unified_attention, "__wrapped__"):
+        return
+    prefixes: list[bool] = []  # whether a model sees some of its prompt both ways, in batches that have such a prompt
+    builder = module.TritonAttentionMetadataBuilder
+    build = builder.__init__
+
+    @functools.wraps(build)
+    def note_and_build(self: Any, *arguments: Any, **named: Any) -> None:
+        given = inspect.signature(build).bind(self, *arguments, **named).arguments["vllm_config"]
+        prefixes.append(bool(getattr(given.model_config, "is_mm_prefix_lm", False)))
+        build(self, *arguments, **named)
+
+    builder.__init__ = note_and_build
+    module.unified_attention = attention_over_ours(module.unified_attention, lambda: not any(prefixes))
+
+
+def _rotary_classes() -> list[Any]:
+    """vLLM's rotary embeddings that differ from ``RotaryEmbedding`` in their table alone."""
+    from vllm.model_executor.layers import rotary_embedding as module
+
+    base = module.RotaryEmbedding
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base)]
+    same = ("forward_native", "forward_cuda", "_match_cos_sin_cache_dtype")
+    return [c for c in classes if all(getattr(c, name) is getattr(base, name) for name in same)]
+
+
+def probe_rope() -> str | None:
+    """What is missing of the rotary embeddings, of the cache write and of vLLM's compiler; None if nothing."""
+    from vllm.compilation.backends import VllmBackend
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.attention import attention
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    for name in ("forward_native", "forward_cuda"):
+        found = list(inspect.signature(getattr(RotaryEmbedding, name)).parameters)
+        if found != ["self", "positions", "query", "key"]:
+            return f"RotaryEmbedding.{name} takes {found}, want ['self', 'positions', 'query', 'key']"
+    for base in _rotary_classes():
+        taken = op_registry_oot.get(base.__name__)
+        if taken is not None and not taken.__module__.startswith("batchproof."):
+            return f"another plug-in has registered {taken.__module__}.{taken.__qualname__} for {base.__name__}"
+    found = list(inspect.signature(attention.unified_kv_cache_update).parameters)
+    if found != ["key", "value", "layer_name"]:
+        return f"unified_kv_cache_update takes {found}, want ['key', 'value', 'layer_name']"
+    steps = ("self.graph = graph", "self.configure_post_pass()", "split_graph(")
+    source = inspect.getsource(VllmBackend.__call__)
+    places = [source.find(step) for step in steps]
+    if -1 in places or places != sorted(places):
+        return f"VllmBackend.__call__ does not have {', then '.join(steps)}"
+    return lacks(RotaryEmbedding, "register_oot", "_match_cos_sin_cache_dtype")
+
+
+def install_rope() -> None:
+    """Ours for the rotary embeddings, and one op for them and the cache write in graphs that vLLM compiles."""
+    from vllm.compilation.backends import VllmBackend
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    from . import rope
+
+    for base in _rotary_classes():
+        if base.__name__ not in op_registry_oot:
+            ours = rope.invariant(base)
+            base.register_oot(name=base.__name__)(ours)
+            ours.name = base.name  # by which the custom_ops switches know it
+    configure = VllmBackend.configure_post_pass
+    if hasattr(configure, "__wrapped__"):
+        return
+
+    @functools.wraps(configure)
+    def configure_and_fuse(self: Any) -> None:
+        configure(self)
+        rope.fuse(self.graph, self.vllm_config)
+
+    VllmBackend.configure_post_pass = configure_and_fuse
