@@ -26,7 +26,7 @@ _VARIABLES = (
     (_FUSE, "1", "1: norm and fp8 quantisation are one kernel in vLLM's compiled graphs; 0: they stay two"),
     (
         "BATCHPROOF_FUSE_ACTIVATION_QUANT",
-        "0",
+        "1",
         "1: SiLU and fp8 quantisation are one kernel, batchproof's, in vLLM's compiled graphs; 0: vLLM's own",
     ),
     (
@@ -34,7 +34,11 @@ _VARIABLES = (
         None,
         "1: vLLM's linear layers and lm_head are batchproof's; 0: vLLM's own; unset: 1 on Hopper, 0 elsewhere",
     ),
-    ("BATCHPROOF_ATTENTION", "0", "1: attention of vLLM's Triton backend is batchproof's; 0: vLLM's own"),
+    (
+        "BATCHPROOF_ATTENTION",
+        None,
+        "1: vLLM's Triton attention and rope are batchproof's; 0: vLLM's own; unset: 1 on Hopper, 0 elsewhere",
+    ),
     (_ALLOWED, None, "the plug-ins that vLLM may load, with commas between; unset: all"),
     ("VLLM_USE_FLASHINFER_SAMPLER", "1", "0: vLLM samples without FlashInfer, whose logprobs depend on the batch"),
 )

@@ -257,6 +257,7 @@ def test_without_vllm_every_hook_says_what_is_missing():
         "fp8_linear",
         "fp8_block_linear",
         "attention",
+        "rope",
     }
     for hook in HOOKS:
         assert "No module named 'vllm'" in hook.missing()

@@ -474,18 +474,14 @@ def test_splits_merged_in_another_order_are_found(generator, monkeypatch):
     arguments["block_table"] = arguments["block_table"][:, :6]
     expected = launched(arguments, workers=1)
     assert first_mismatch(launched(arguments, workers=3), expected) is None
-    merge = kernels.merge_kernel
+    merge = module._MERGE
 
-    class Backwards:
-        def __getitem__(self, grid):
-            def run(*args, **kwargs):
-                for part in args[:3]:
-                    part.copy_(part.flip(2))
-                merge[grid](*args, **kwargs)
+    def backwards(grid, like, arguments, keywords):
+        for part in arguments[:3]:
+            part.copy_(part.flip(2))
+        merge(grid, like, arguments, keywords)
 
-            return run
-
-    monkeypatch.setattr(module, "merge_kernel", Backwards())
+    monkeypatch.setattr(module, "_MERGE", backwards)
     assert first_mismatch(launched(arguments, workers=3), expected) is not None
 
 

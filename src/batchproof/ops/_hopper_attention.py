@@ -14,6 +14,7 @@ Source: Shah et al., FlashAttention-3, 2024 (one warp that loads, two groups tha
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ._triton import device_guard
+from ._fast_launch import FastKernel, View
 
 __all__ = ["HEAD_DIMS", "ROWS", "launch", "prefill_kernel", "takes"]
 
@@ -290,15 +291,25 @@ def _places(cache: torch.Tensor) -> tuple[int, int, int] | None:
     return page // slot, head // slot if in_rows else 0, 0 if in_rows else head
 
 
-def _descriptor(cache: torch.Tensor, places: tuple[int, int, int]) -> Any:
-    """The TMA's view of a cache, in boxes of PAGE slots."""
+def _view(cache: torch.Tensor, places: tuple[int, int, int]) -> View:
+    """What the TMA is to know of a cache, which it reads in boxes of PAGE slots."""
     pages, page_size, heads, head_dim = cache.shape
     page_rows, head_rows, head_columns = places
     rows = (pages - 1) * page_rows + (heads - 1) * head_rows + page_size
     columns = (heads - 1) * head_columns + head_dim
-    box = [PAGE, COLUMNS.value]
-    layout = gl.NVMMASharedLayout.get_default_for(box, DTYPES[cache.dtype])
-    return TensorDescriptor(cache, [rows, columns], [cache.stride(1), 1], box, layout)
+    return View(cache, [rows, columns], [cache.stride(1), 1], [PAGE, COLUMNS.value], _layout(cache.dtype))
+
+
+@lru_cache
+def _layout(dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for([PAGE, COLUMNS.value], DTYPES[dtype])
+
+
+def _describe(view: View) -> Any:
+    return TensorDescriptor(view.base, view.shape, view.strides, view.block_shape, view.layout)
+
+
+_KERNEL = FastKernel(prefill_kernel, _describe)
 
 
 def takes(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
@@ -329,12 +340,18 @@ def launch(
     places = _places(k_cache)
     assert places is not None, "takes says no"
     odd = torch.empty(2 * grid[0] * grid[1] * grid[2], dtype=torch.int32, device=q.device)
-    with device_guard(q):
-        prefill_kernel[grid](
-            _descriptor(k_cache, places), _descriptor(v_cache, places), q, out, odd, sinks,
-            cu_seqlens_q, seqused_k, block_table, q.stride(0), q.stride(1), block_table.stride(0), *places,
-            softmax_scale, softcap, window, NUM_HEADS=q.shape[1], GROUP=q.shape[1] // k_cache.shape[2],
-            GROUP_PADDED=group, HEAD_DIM=q.shape[2], TILE=tile, SPLIT=split, STAGES=STAGES, PAGE_SIZE=k_cache.shape[1],
-            CAUSAL=causal, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0.0, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+    keywords = {
+        "NUM_HEADS": q.shape[1], "GROUP": q.shape[1] // k_cache.shape[2], "GROUP_PADDED": group,
+        "HEAD_DIM": q.shape[2], "TILE": tile, "SPLIT": split, "STAGES": STAGES, "PAGE_SIZE": k_cache.shape[1],
+        "CAUSAL": causal, "HAS_WINDOW": window > 0, "HAS_SOFTCAP": softcap > 0.0,
+        "num_warps": 4, "enable_fp_fusion": False,
+    }  # fmt: skip
+    _KERNEL(
+        grid, q,
+        (
+            _view(k_cache, places), _view(v_cache, places), q, out, odd, sinks, cu_seqlens_q, seqused_k, block_table,
+            *q.stride()[:2], block_table.stride(0), *places, softmax_scale, softcap, window,
+        ),
+        keywords,
+    )  # fmt: skip
     return odd

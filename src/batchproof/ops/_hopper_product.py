@@ -36,8 +36,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ._fast_launch import FastKernel, View
 from ._hopper import SIDE, Shape
-from ._triton import device_guard, processors
+from ._triton import processors
 
 __all__ = ["launch"]
 
@@ -304,8 +305,15 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPES[dtype])
 
 
-def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(tensor, [rows, columns], _layout(rows, columns, tensor.dtype))
+def _view(tensor: torch.Tensor, rows: int, columns: int) -> View:
+    return View(tensor, tensor.shape, tensor.stride(), [rows, columns], _layout(rows, columns, tensor.dtype))
+
+
+def _describe(view: View) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(view.base, view.block_shape, view.layout)
+
+
+_KERNEL = FastKernel(_product_kernel, _describe)
 
 
 def stages_for(shape: Shape, staged: int) -> int:
@@ -339,22 +347,24 @@ def launch(
     (m, k), n = tokens.shape, weight.shape[0]
     step = STEP_BYTES // tokens.element_size()
     left, right = (weight, tokens) if shape.swap else (tokens, weight)
-    left_desc, right_desc = _descriptor(left, SIDE, step), _descriptor(right, shape.width, step)
-    out_desc = right_desc if shape.swap else _descriptor(out, SIDE, shape.width)  # if swapped, nothing is staged
+    left_desc, right_desc = _view(left, SIDE, step), _view(right, shape.width, step)
+    out_desc = right_desc if shape.swap else _view(out, SIDE, shape.width)  # if swapped, nothing is staged
     staged = shape.consumers * math.prod(out_desc.block_shape) * out_desc.base.element_size()
     stages = stages_for(shape, staged)
     shared = stages * (shape.height + shape.width) * STEP_BYTES + staged + 2048
     beside = 1 if shape.consumers == 2 else max(1, MOST_SHARED // shared)
     scales = (out, out) if scale_a is None or scale_b is None else (scale_a, scale_b)  # not read if there are none
-    with device_guard(tokens):
-        _product_kernel[(min(shape.tiles(m, n), processors(tokens.device) * beside),)](
-            left_desc, right_desc, out_desc, *scales, bias, out, m, n, k,
-            *scales[0].stride(), *scales[1].stride(),
-            CONSUMERS=shape.consumers, WIDTH=shape.width, STEP=step, STAGES=stages, GROUP=shape.group,
-            HAS_SCALES=scale_a is not None, BLOCKS=blocks,
-            PER_TOKEN=scales[0].stride(0) != 0, PER_COLUMN=scales[1].stride(1) != 0,
-            HAS_BIAS=bias is not None, SWAP=shape.swap, PDL=static_weights,
-            num_warps=4, enable_fp_fusion=False, maxnreg=registers_for(shape),
-            **({"launch_pdl": True} if static_weights else {}),
-        )  # fmt: skip
+    keywords = {
+        "CONSUMERS": shape.consumers, "WIDTH": shape.width, "STEP": step, "STAGES": stages, "GROUP": shape.group,
+        "HAS_SCALES": scale_a is not None, "BLOCKS": blocks,
+        "PER_TOKEN": scales[0].stride(0) != 0, "PER_COLUMN": scales[1].stride(1) != 0,
+        "HAS_BIAS": bias is not None, "SWAP": shape.swap, "PDL": static_weights,
+        "num_warps": 4, "enable_fp_fusion": False, "maxnreg": registers_for(shape),
+        **({"launch_pdl": True} if static_weights else {}),
+    }  # fmt: skip
+    _KERNEL(
+        (min(shape.tiles(m, n), processors(tokens.device) * beside),), tokens,
+        (left_desc, right_desc, out_desc, *scales, bias, out, m, n, k, *scales[0].stride(), *scales[1].stride()),
+        keywords,
+    )  # fmt: skip
     return out

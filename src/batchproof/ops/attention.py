@@ -32,10 +32,11 @@ from ..registry import OpSpec, register_spec
 from ._attention_cpu import attend_paged, slots_of, visible_keys
 from ._attention_kernels import attention_kernel, merge_kernel
 from ._attention_plan import PREFILL, Block, plan_for
+from ._fast_launch import FastKernel
 from ._hopper import is_hopper
 from ._library import check_device, check_dtype, check_same, check_scalar, register_op, require_no_grad
 from ._row_launch import launch_options
-from ._triton import device_guard, processors, triton
+from ._triton import processors, triton
 
 __all__ = ["paged_attention", "paged_attention_reference"]
 
@@ -45,6 +46,7 @@ TILE = 64  # keys per step of the online softmax
 # What they do not depend on (see ``_attention_plan`` as well)
 MERGE_STAGES = 4  # splits' results in flight
 
+_ATTENTION, _MERGE = FastKernel(attention_kernel), FastKernel(merge_kernel)
 FP8 = torch.float8_e4m3fn  # what a cache may be instead of q's dtype
 
 
@@ -169,20 +171,25 @@ def launch(
             q, k_cache, v_cache, out, *sequences[:2], block_table, sinks, softmax_scale, causal, window, softcap,
             plan.grid, plan.group, TILE, SPLIT,
         )  # fmt: skip
-    with device_guard(q):
-        attention_kernel[(*plan.grid[:2], plan.grid[2] * plan.workers)](
+    _ATTENTION(
+        (*plan.grid[:2], plan.grid[2] * plan.workers), q,
+        (
             q, k_cache, v_cache, out, *parts, *sequences, block_table, sinks, k_scale, v_scale, odd,
             num_tokens, block_table.shape[1], *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
             block_table.stride(0), softmax_scale, softcap, window, plan.workers, splits,
-            GROUP=num_heads // kv_heads, GROUP_PADDED=plan.group, ROWS=plan.block.rows, TILE=TILE,
-            PAGE_SIZE=k_cache.shape[1], WALK=plan.workers == 1, HAS_SOFTCAP=softcap > 0.0, ONE_TOKEN=max_seqlen_q == 1,
-            num_warps=plan.block.warps, num_stages=plan.block.stages, **constants,
+        ),
+        {
+            "GROUP": num_heads // kv_heads, "GROUP_PADDED": plan.group, "ROWS": plan.block.rows, "TILE": TILE,
+            "PAGE_SIZE": k_cache.shape[1], "WALK": plan.workers == 1, "HAS_SOFTCAP": softcap > 0.0,
+            "ONE_TOKEN": max_seqlen_q == 1, "num_warps": plan.block.warps, "num_stages": plan.block.stages,
+            **constants,
+        },
+    )  # fmt: skip
+    if plan.workers > 1:
+        _MERGE(
+            (num_sequences, num_heads, max_seqlen_q), q, (*parts, out, *sequences, sinks, v_scale, window, splits),
+            {"TOKENS": plan.tokens, "STAGES": MERGE_STAGES, "num_warps": 1, **constants},
         )  # fmt: skip
-        if plan.workers > 1:
-            merge_kernel[(num_sequences, num_heads, max_seqlen_q)](
-                *parts, out, *sequences, sinks, v_scale, window, splits,
-                TOKENS=plan.tokens, STAGES=MERGE_STAGES, num_warps=1, **constants,
-            )  # fmt: skip
     return out
 
 

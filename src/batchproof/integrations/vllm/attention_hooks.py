@@ -1,4 +1,4 @@
-"""How attention, and the rotary embedding before it, are taken over: what is needed of vLLM, and how it is put in place.
+"""How attention and the rotary embedding before it are taken over: what vLLM has to have, and how it is put in place.
 
 As in ``hooks``, everything of vLLM is imported inside the functions.
 """

@@ -95,7 +95,8 @@ COVERAGE: tuple[Coverage, ...] = (
         "not chosen in this mode: the backend does not claim batch invariance",
         "does not run in this mode",
     ),
-    Coverage("rope, activation, cache write", None, "elementwise kernels", NOTHING),
+    Coverage("rope and cache write, TRITON_ATTN", "rope", "elementwise kernels", NOTHING),
+    Coverage("SiLU + static fp8 quantisation", "graph_passes", "elementwise kernels of the compiler", NOTHING),
     Coverage(
         "softmax",
         "softmax",
