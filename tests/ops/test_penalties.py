@@ -106,7 +106,9 @@ def test_of_equal_lists_the_order_and_the_padding_do_not_matter(device, generato
     padded = dict(inputs)
     for name in LISTS:
         tokens = inputs[name]
-        places = torch.stack([torch.randperm(tokens.shape[1] + 9, generator=generator) for _ in range(17)]).to(device)
+        places = torch.stack(
+            [torch.randperm(tokens.shape[1] + 9, generator=generator, device=device) for _ in range(17)]
+        )
         kinds = torch.tensor([499, -1, 500, 2**62, -(2**62)], device=device)
         extra = kinds[torch.randint(5, (17, 9), generator=generator, device=device)]
         padded[name] = torch.cat((tokens, extra), 1).gather(1, places)

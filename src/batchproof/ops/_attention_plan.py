@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ._triton import triton
 
@@ -84,6 +85,7 @@ class Plan:
     workers: int
 
 
+@lru_cache(maxsize=4096)
 def plan_for(
     q_shape: Sequence[int], num_sequences: int, kv_heads: int, max_seqlen_q: int, splits: int, several: bool,
     multiprocessors: int, workers: int | None = None, block: Block | None = None,

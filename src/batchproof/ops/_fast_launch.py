@@ -28,10 +28,10 @@ class View:
 
 def _kind(argument: Any) -> Any:
     """What a binary depends on of an argument."""
+    if type(argument) is int:
+        return (argument == 1) | (argument % 16 == 0) << 1 | (-(2**31) <= argument < 2**31) << 2
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
-    if type(argument) is int:
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     if isinstance(argument, View):
         return argument.base.dtype, *argument.block_shape
     return type(argument)
