@@ -20,7 +20,8 @@ from batchproof.numerics import first_mismatch
 from batchproof.registry import get_spec
 from contenders import distance, load, sift
 from errors import Refused
-from tables import OURS, compared, title
+from softmax_tables import full
+from tables import OURS
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 
@@ -121,20 +122,3 @@ def _race(
         "op": op, "dtype": dtype, "width": width, "rows": count, "sets": len(sets),
         "floor_us": round(moved / copy_gbps / 1e3, 3), "missing": {**missing, **failed, **more}, "times": times,
     }  # fmt: skip
-
-
-def full(result: Mapping[str, Any]) -> str:
-    """A Markdown table for each op and dtype."""
-    parts = []
-    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in result["rows"]):
-        rows = [row for row in result["rows"] if (row["op"], row["dtype"]) == (op, dtype)]
-        names = list(dict.fromkeys(name for row in rows for name in row["times"]))
-        parts += [f"**`{op}`, {dtype}**", ""]
-        parts.append(f"| rows x width | floor | {' | '.join(map(title, names))} | best peer | ratio |")
-        parts.append("|---" * (len(names) + 4) + "|")
-        for row in rows:
-            shape = f"{row['rows']} x {row['width']}"
-            cells = [shape, f"{row['floor_us']:.2f}", *compared(row["times"], names)]
-            parts.append(f"| {' | '.join(cells)} |")
-        parts.append("")
-    return "\n".join(parts).rstrip()

@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attention_tables
 import audit_tables
 import linear_tables
+import softmax_tables
 import tables
 import vllm_tables
 
@@ -112,6 +114,14 @@ def linear_pages() -> Blocks:
     return blocks
 
 
+def attention_pages() -> Blocks:
+    """The tables of attention and of softmax over vocabularies."""
+    return {
+        "attention h200": lambda: attention_tables.page(load("h200/attention.json"), "h200/attention.json"),
+        "softmax h200": lambda: softmax_tables.page(load("h200/softmax.json"), "h200/softmax.json"),
+    }
+
+
 def pages() -> dict[Path, Blocks]:
     """What fills the markers of every page."""
     blocks: Blocks = {
@@ -124,13 +134,12 @@ def pages() -> dict[Path, Blocks]:
         blocks["norms h200"] = norms_summary
     blocks["linear h200"] = lambda: linear_tables.summary([load(path) for path in LINEAR], LINEAR)
     latency = vllm_tables.joined([load(path) for path in vllm_tables.PATHS])
-    exactness = load("h200/vllm_exactness.json")
+    exactness = load(vllm_tables.EXACTNESS)
     blocks["vllm latency h200"] = lambda: vllm_tables.latency_table(latency)
-    blocks["vllm exactness h200"] = lambda: vllm_tables.exactness_table(exactness)
+    blocks["vllm exactness"] = lambda: vllm_tables.exactness_table(exactness)
     vllm = {
         "vllm latency h200": blocks["vllm latency h200"],
-        "vllm exactness h200": lambda: vllm_tables.exactness_table(exactness, every=True),
-        "vllm products h200": lambda: vllm_tables.products_line(load(vllm_tables.PRODUCTS)),
+        "vllm exactness": lambda: vllm_tables.exactness_table(exactness, every=True),
         "vllm kernels h200": lambda: vllm_tables.kernels_table(latency),
         "vllm step": lambda: vllm_tables.step_table(latency),
     }
@@ -144,7 +153,7 @@ def pages() -> dict[Path, Blocks]:
     return {
         README: blocks,
         WHAT_VARIES: audits,
-        BENCHMARKS: {f"{name} h200": partial(norms_page, name) for name in NORMS} | linear_pages(),
+        BENCHMARKS: {f"{name} h200": partial(norms_page, name) for name in NORMS} | linear_pages() | attention_pages(),
         VLLM: vllm,
     }
 

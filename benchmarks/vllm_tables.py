@@ -8,7 +8,7 @@ from typing import Any
 
 PATH = "h200/vllm_latency.json"
 PATHS = (PATH, "h200/vllm_latency_default.json")  # one run for each set of flags
-PRODUCTS = "h200/vllm_exactness_products.json"  # of a later commit, with batchproof's linear layers
+EXACTNESS = "h100/vllm_exactness.json"
 # The first kind whose pattern is in a kernel's name is the kernel's kind.
 KINDS = {
     "activation": r"silu|gelu|act_and_mul|activation",
@@ -217,18 +217,7 @@ CONFIGURATIONS = {
 }
 
 
-def products_line(result: Result) -> str:
-    """Whether answers changed with batchproof's linear layers under vLLM."""
-    runs = dict.fromkeys(f"{row['model']} with {CONFIGURATIONS[row['configuration']]}" for row in result["rows"])
-    compared = sum(row[f"{kind}_comparisons"] for row in result["rows"] for kind in ("greedy", "seeded"))
-    differ = sum(row[f"{kind}_differ"] for row in result["rows"] for kind in ("greedy", "seeded"))
-    return (
-        f"With batchproof's linear layers and lm_head as well, {differ} of {compared} answers changed "
-        f"({'; '.join(runs)}; `benchmarks/results/{PRODUCTS}`)."
-    )
-
-
-def exactness_table(result: Result, every: bool = False, path: str = "h200/vllm_exactness.json") -> str:
+def exactness_table(result: Result, every: bool = False, path: str = EXACTNESS) -> str:
     """Comparisons that differ, stock and with batchproof; ``every`` adds what else was compared and what differed."""
     found = {(row["model"], row["configuration"], row["side"]): row for row in result["rows"]}
     names = " | ".join(f"{name}: changed" for name in SIDES.values())

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from batchproof.integrations.vllm import log
+from batchproof.integrations.vllm import hooks, log
 from batchproof.integrations.vllm.attention import NEUTRAL, attention_over_ours
 from batchproof.integrations.vllm.hooks import HOOKS
 from batchproof.numerics import first_mismatch
@@ -131,8 +131,10 @@ def test_the_hook_notes_models_that_see_prompts_both_ways(call, monkeypatch, vll
     assert len(vllms) == 1
 
 
-def test_the_hook_is_on_request(monkeypatch):
+def test_the_hook_is_for_hopper_or_on_request(monkeypatch):
     monkeypatch.delenv("BATCHPROOF_ATTENTION", raising=False)
+    assert HOOK.is_wanted() == (hooks._on_hopper() == "1")
+    monkeypatch.setenv("BATCHPROOF_ATTENTION", "0")
     assert not HOOK.is_wanted()
     monkeypatch.setenv("BATCHPROOF_ATTENTION", "1")
     assert HOOK.is_wanted()

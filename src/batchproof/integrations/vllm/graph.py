@@ -48,11 +48,11 @@ def fuse_rope_and_cache(graph: fx.Graph, fused: Callable[..., Any]) -> int:
         with graph.inserting_before(update):
             new = graph.call_function(fused, (q.x, k.x, value, *q.by, *weights, layer_name))
         new.meta.update(q.node.meta)
-        old_q, old_k = attention.args[:2]
+        old_q = attention.args[0]
         attention.args = (new, k.x, *attention.args[2:])
         attention.kwargs = {**attention.kwargs, "kv_cache_dummy_dep": None}
-        for node in (update, old_q, old_k):
-            _erase(graph, node)
+        _erase(graph, update)
+        _erase(graph, old_q)
         count += 1
     return count
 

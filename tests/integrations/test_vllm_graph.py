@@ -1,0 +1,126 @@
+"""Rope and the cache write of a graph become one op, if the graph looks as vLLM's layers make it; else it stays."""
+
+import operator
+
+import pytest
+import torch
+from torch import fx
+
+from batchproof.integrations.vllm.graph import fuse_rope_and_cache
+from batchproof.ops import rms_norm as _rms_norm  # noqa: F401 - defines the ops
+from batchproof.ops import rope as _rope  # noqa: F401 - defines the op
+
+TOKENS, HEADS, KV_HEADS, HEAD_DIM = 5, 4, 2, 16
+SIZES = [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM]
+_library = torch.library.Library("vllm", "FRAGMENT")  # vLLM's two ops, by name; it is not installed where tests run
+if not hasattr(torch.ops.vllm, "unified_kv_cache_update"):
+    _library.define("unified_kv_cache_update(Tensor key, Tensor value, str layer_name) -> Tensor")
+    _library.define(
+        "unified_attention_with_output(Tensor query, Tensor key, Tensor value, Tensor(a!) output, str layer_name, "
+        "Tensor? output_scale=None, Tensor? output_block_scale=None, Tensor? kv_cache_dummy_dep=None) -> ()"
+    )
+
+
+def fused(*arguments):
+    raise AssertionError("the graph is looked at, not run")
+
+
+def traced(norms=False, other_table=False):
+    """Two layers' attention as vLLM's models have it in Dynamo's graph; with q and k norms as Qwen3 has them."""
+    graph = fx.Graph()
+    qkv, positions, table, other, weight = map(graph.placeholder, ("qkv", "positions", "table", "other", "weight"))
+
+    def view(x, *shape):
+        node = graph.call_method("view", (x, *shape))
+        node.meta["example_value"] = torch.empty(TOKENS, *[n for n in shape if n != -1])
+        return node
+
+    def turned(x, heads, table):
+        if norms:
+            by_head = view(x, -1, heads, HEAD_DIM)
+            x = graph.call_function(torch.ops.batchproof.rms_norm.default, (by_head, weight, 1e-6, False))
+            x = view(x, -1, heads * HEAD_DIM)
+        rotated = graph.call_function(
+            torch.ops.batchproof.rope.default, (view(x, -1, heads, HEAD_DIM), positions, table, False)
+        )
+        return view(view(rotated, -1, heads * HEAD_DIM), -1, heads, HEAD_DIM)
+
+    for i in range(2):
+        parts = graph.call_method("split", (qkv, SIZES, -1))
+        q, k, v = (graph.call_function(operator.getitem, (parts, j)) for j in range(3))
+        q, k = turned(q, HEADS, table), turned(k, KV_HEADS, other if other_table else table)
+        v = view(v, -1, KV_HEADS, HEAD_DIM)
+        output = graph.call_function(torch.empty, (TOKENS, SIZES[0]))
+        out = view(output, -1, HEADS, HEAD_DIM)
+        done = graph.call_function(torch.ops.vllm.unified_kv_cache_update, (k, v, f"layer.{i}"))
+        attend = torch.ops.vllm.unified_attention_with_output
+        graph.call_function(attend, (q, k, v, out, f"layer.{i}"), {"kv_cache_dummy_dep": done})
+        qkv = graph.call_function(torch.cat, ([output, output], -1))
+    graph.output(qkv)
+    graph.lint()
+    return graph
+
+
+def calls(graph):
+    return [str(node.target).removesuffix(".default") for node in graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_each_layer_has_one_op_for_rope_and_the_cache(norms):
+    graph = traced(norms=norms)
+    assert fuse_rope_and_cache(graph, fused) == 2
+    graph.lint()
+    found = calls(graph)
+    assert not any(name in ("batchproof.rope", "batchproof.rms_norm", "vllm.unified_kv_cache_update") for name in found)
+    new = [node for node in graph.nodes if node.target is fused]
+    attention = [node for node in graph.nodes if "unified_attention" in str(node.target)]
+    for i, (node, attend) in enumerate(zip(new, attention, strict=True)):
+        q, k, v, positions, table, interleaved, q_weight, k_weight, eps, layer = node.args
+        assert (positions.name, table.name, interleaved, layer) == ("positions", "table", False, f"layer.{i}")
+        if norms:
+            assert (q_weight.name, k_weight.name, eps) == ("weight", "weight", 1e-6)
+        else:
+            assert (q_weight, k_weight) == (None, None)
+        assert [part.args[0].args[1] for part in (q, k, v)] == [0, 1, 2], "q, k and v before anything is done to them"
+        assert attend.args[:3] == (node, k, v)
+        assert attend.kwargs == {"kv_cache_dummy_dep": None}
+        assert "example_value" not in node.meta or node.meta["example_value"].shape == (TOKENS, HEADS, HEAD_DIM)
+
+
+def test_another_table_for_keys_stays_as_it_is():
+    graph = traced(other_table=True)
+    before = calls(graph)
+    assert fuse_rope_and_cache(graph, fused) == 0
+    assert calls(graph) == before
+
+
+def test_what_others_read_stays():
+    """A layer below may want the rotated keys: they are made beside the fused op then."""
+    graph = traced()
+    rope = [node for node in graph.nodes if str(node.target).startswith("batchproof.rope")]
+    keys = rope[1]
+    last = next(iter(reversed(graph.nodes)))
+    with graph.inserting_before(last):
+        graph.call_function(torch.sum, (keys,))
+    assert fuse_rope_and_cache(graph, fused) == 2
+    graph.lint()
+    assert [node for node in graph.nodes if str(node.target).startswith("batchproof.rope")] == [keys]
+
+
+@pytest.mark.parametrize("change", ["no dependency", "two readers", "no rope"])
+def test_a_graph_that_looks_otherwise_stays_as_it_is(change):
+    graph = traced()
+    update, attention = (
+        next(node for node in graph.nodes if name in str(node.target)) for name in ("kv_cache_update", "_attention_")
+    )
+    if change == "no dependency":
+        attention.kwargs = {}
+    elif change == "two readers":
+        with graph.inserting_after(update):
+            graph.call_function(torch.sum, (update,))
+    else:
+        update.args = (update.args[1], *update.args[1:])
+    before = calls(graph)
+    assert fuse_rope_and_cache(graph, fused) == 1, "the other layer"
+    assert calls(graph).count("vllm.unified_kv_cache_update") == 1
+    assert len(calls(graph)) < len(before)
