@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plot import COLORS, OUR_COLOR, parse
-from vllm_tables import NOTHING, STEP_ORDER, floor_us, joined, step_by_kind, step_entries
+from vllm_tables import STEP_ORDER, floor_us, joined, step_by_kind, step_entries
 
 HERE = Path(__file__).parent
 BAR_COLORS = {
@@ -28,6 +28,7 @@ BAR_COLORS = {
     "g": "#062558",
     "e": "0.7",
 }
+OUR_WHOLE = BAR_COLORS["g"]
 STEP_COLORS = dict(zip(STEP_ORDER, ("#3d69b3", "#009e73", "#e69f00", "#cc79a7", "#8c564b", "#56b4e9"), strict=True))
 TITLES = {"original": "here, the same flags", "default": "here, vLLM's default flags"}
 
@@ -53,13 +54,16 @@ def latency(result: Mapping[str, Any], path: Path) -> None:
         _draw(axes, title, bars)
     longest = max(seconds or 0.0 for bars in panels.values() for _, seconds, _ in bars)
     grid[-1].set_xlim(0, longest * 1.25)
-    grid[-1].set_xlabel("seconds (shorter is faster); in brackets: against vLLM batch-invariant of the same panel")
+    grid[-1].set_xlabel("seconds (shorter is faster); in brackets: against vLLM batch-invariant above")
     figure.suptitle(_title(result), x=0.01, ha="left", fontweight="bold", fontsize=11)
     figure.savefig(path)
 
 
 def step(result: Mapping[str, Any], path: Path) -> None:
-    """A bar a variant, of the microseconds that each kind of kernels adds to a decode step, and the floor as a line."""
+    """A bar a variant, of the microseconds that each kind of kernels adds to a decode step, and the floor as a line.
+
+    Without the gaps, which are the host's, and under the profiler longer than they are.
+    """
     entries, floor = step_entries(result), sum(floor_us(result).values())
     panels: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for (flags, variant), entry in entries.items():
@@ -72,8 +76,8 @@ def step(result: Mapping[str, Any], path: Path) -> None:
         if floor:
             axes.axvline(floor, color="black", linestyle="--", linewidth=1, label=f"floor: {floor:.0f} us")
         _finish(axes, f"flags: {flags}", [name for name, _ in bars])
-    grid[-1].set_xlim(0, max(entry["step_us"] for entry in entries.values()) * 1.12)
-    grid[-1].set_xlabel("microseconds (shorter is faster), under the profiler")
+    grid[-1].set_xlim(0, max(entry["step_us"] - entry["gap_us"] for entry in entries.values()) * 1.12)
+    grid[-1].set_xlabel("microseconds of a step in which something runs (shorter is faster)")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     device = result["device"].removeprefix("NVIDIA ")
@@ -103,21 +107,21 @@ def _draw(axes: Axes, title: str, bars: Sequence[Bar]) -> None:
         text = "missing" if seconds is None else f"{seconds:.4f} s"
         if seconds is not None and reference and color != BAR_COLORS["b"]:
             text += f"  ({seconds / reference - 1:+.1%})"
-        weight = "bold" if color == OUR_COLOR else "normal"
+        weight = "bold" if color == OUR_WHOLE else "normal"
         axes.text(seconds or 0.0, place, f" {text}", va="center", ha="left", fontsize=9, fontweight=weight)
     _finish(axes, title, [label for label, _, _ in bars])
 
 
 def _stack(axes: Axes, bars: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    kinds = [step_by_kind(entry) | {NOTHING: (0.0, entry["gap_us"])} for _, entry in bars]
+    kinds = [step_by_kind(entry) for _, entry in bars]
     left = [0.0] * len(bars)
-    for kind in (*STEP_ORDER, NOTHING):
+    for kind in STEP_ORDER:
         widths = [groups.get(kind, (0.0, 0.0))[1] for groups in kinds]
-        color, hatch = ("0.9", "///") if kind == NOTHING else (STEP_COLORS[kind], None)
-        axes.barh(range(len(bars)), widths, left=left, height=0.72, label=kind, color=color, hatch=hatch, linewidth=0)
+        axes.barh(range(len(bars)), widths, left=left, height=0.72, label=kind, color=STEP_COLORS[kind], linewidth=0)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for place, (_, entry) in enumerate(bars):
-        axes.text(entry["step_us"], place, f" {entry['step_us']:.0f} us", va="center", ha="left", fontsize=9)
+        busy = entry["step_us"] - entry["gap_us"]
+        axes.text(busy, place, f" {busy:.0f} us", va="center", ha="left", fontsize=9)
 
 
 def _finish(axes: Axes, title: str, labels: Sequence[str]) -> None:
