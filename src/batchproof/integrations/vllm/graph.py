@@ -6,7 +6,7 @@ they are; the layer's attention gets the rotated queries from the new op, and re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from ...ops import rope as _rope  # noqa: F401 - defines the op
 __all__ = ["fuse_rope_and_cache"]
 
 _VIEWS = ("view", "reshape")
+_REPLACED = ("vllm::unified_kv_cache_update", "batchproof::rope", "batchproof::rms_norm")
 _ops = torch.ops.batchproof
 
 
@@ -115,10 +116,7 @@ def _erase(graph: fx.Graph, node: Any) -> None:
         return
     if node.target not in _VIEWS and (_name(node) or "") not in _REPLACED:
         return
-    inputs: Iterator[fx.Node] = iter(list(node.all_input_nodes))
+    inputs = node.all_input_nodes
     graph.erase_node(node)
     for used in inputs:
         _erase(graph, used)
-
-
-_REPLACED = ("vllm::unified_kv_cache_update", "batchproof::rope", "batchproof::rms_norm")
