@@ -36,7 +36,7 @@ def traced(norms=False, other_table=False):
         return node
 
     def turned(x, heads, table):
-        if norms:
+        if norms is True or norms == heads:
             by_head = view(x, -1, heads, HEAD_DIM)
             x = graph.call_function(torch.ops.batchproof.rms_norm.default, (by_head, weight, 1e-6, False))
             x = view(x, -1, heads * HEAD_DIM)
@@ -124,3 +124,12 @@ def test_a_graph_that_looks_otherwise_stays_as_it_is(change):
     assert fuse_rope_and_cache(graph, fused) == 1, "the other layer"
     assert calls(graph).count("vllm.unified_kv_cache_update") == 1
     assert len(calls(graph)) < len(before)
+
+
+def test_a_norm_of_keys_alone_keeps_its_epsilon():
+    graph = traced(norms=KV_HEADS)
+    assert fuse_rope_and_cache(graph, fused) == 2
+    for node in graph.nodes:
+        if node.target is fused:
+            q_weight, k_weight, eps = node.args[6:9]
+            assert (q_weight, k_weight.name, eps) == (None, "weight", 1e-6)

@@ -12,14 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from ...ops import rms_norm as _rms_norm  # noqa: F401 - defines the ops
-from ...ops import rope as _rope  # noqa: F401 - defines the op
-
 __all__ = ["fuse_rope_and_cache"]
 
 _VIEWS = ("view", "reshape")
 _REPLACED = ("vllm::unified_kv_cache_update", "batchproof::rope", "batchproof::rms_norm")
-_ops = torch.ops.batchproof
 
 
 class _Rotated(NamedTuple):
@@ -45,7 +41,7 @@ def fuse_rope_and_cache(graph: fx.Graph, fused: Callable[..., Any]) -> int:
             continue
         attention, q, k = found
         _, value, layer_name = update.args
-        weights = (q.weight, k.weight, q.eps)
+        weights = (q.weight, k.weight, k.eps if q.weight is None else q.eps)
         with graph.inserting_before(update):
             new = graph.call_function(fused, (q.x, k.x, value, *q.by, *weights, layer_name))
         new.meta.update(q.node.meta)
@@ -70,7 +66,7 @@ def _layer(update: fx.Node) -> tuple[fx.Node, _Rotated, _Rotated] | None:
     q, k = _rotated(attention.args[0]), _rotated(update.args[0])
     if q is None or k is None or q.by != k.by or (q.weight is not None and k.weight is not None and q.eps != k.eps):
         return None
-    return attention, q, k._replace(eps=q.eps)
+    return attention, q, k
 
 
 def _rotated(node: Any) -> _Rotated | None:
