@@ -81,7 +81,8 @@ def compiled_prefill(name: str, dtype: Any, head_dim: int, page_size: int, optio
     types = {"k_desc": descriptor, "v_desc": descriptor, "q_ptr": f"*{name}", "out_ptr": f"*{name}"}
     types |= {"odd_ptr": "*i32", "cu_seqlens_q_ptr": "*i32", "seqused_k_ptr": "*i32", "block_table_ptr": "*i32"}
     types |= {"softmax_scale": "fp32", "softcap": "fp32"} | ({"sinks_ptr": "*fp32"} if options else {})
-    constants |= {} if options else {"sinks_ptr": None}
+    types |= {"out_scale_ptr": "*fp32", "out_ptr": "*fp8e4nv"} if options else {}
+    constants |= {} if options else {"sinks_ptr": None, "out_scale_ptr": None}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in PREFILL.arg_names}
     aligned = {"q_ptr", "out_ptr", "odd_ptr", "q_token", "q_head"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n in aligned}

@@ -92,15 +92,16 @@ def test_dependent_launch_changes_no_bit(width, rows, device):
     x, residual = hostile_rows(rows, width, torch.bfloat16, device, "wide exponents")
     found = []
     try:
-        for use in (True, False):
-            use_dependent_launch(use)
+        for use, at_once in ((False, False), (True, False), (True, True)):
+            use_dependent_launch(use, at_once)
             y, total = x, residual
             for _ in range(20):
                 y, total = add_rms_norm(y, total, None)
             found.append((y, total))
     finally:
         use_dependent_launch(True)
-    assert_same(*found)
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])

@@ -11,7 +11,8 @@ from batchproof.integrations.vllm import hooks, log
 from batchproof.integrations.vllm.attention import NEUTRAL, attention_over_ours
 from batchproof.integrations.vllm.hooks import HOOKS
 from batchproof.numerics import first_mismatch
-from batchproof.ops.attention import launch
+from batchproof.ops._quantize import quantize_static_fp8_reference
+from batchproof.ops.attention import FP8, launch
 
 HOOK = next(hook for hook in HOOKS if hook.name == "attention")
 PAGE, HEADS, KV_HEADS, HEAD_DIM = 16, 4, 2, 16
@@ -68,9 +69,22 @@ def test_paged_attention_is_ours(call, attend, vllms, changes, expected):
     assert not vllms
 
 
+def test_an_output_that_is_quantised_is_ours(call, attend, vllms):
+    call |= {"out": torch.zeros(call["q"].shape, dtype=FP8), "output_scale": torch.tensor(0.02)}
+    attend(**call)
+    plain = [call[name] for name in ("q", "k", "v", "cu_seqlens_q", "seqused_k", "block_table")]
+    wanted = quantize_static_fp8_reference(
+        launch(*plain, 2, 0.25, causal=True, window=0, softcap=0.0), torch.tensor(0.02)
+    )
+    assert first_mismatch(call["out"].view(torch.uint8), wanted.view(torch.uint8)) is None
+    assert not vllms
+
+
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
+        ("out", torch.zeros(3, HEADS, HEAD_DIM, dtype=FP8), "its output is torch.float8_e4m3fn, not to be quantised"),
+        ("output_scale", torch.tensor(0.02), "its output is torch.float32, to be quantised"),
         ("alibi_slopes", torch.zeros(HEADS), "asked for alibi_slopes"),
         ("chunk_lookback", 2, "asked for chunk_lookback"),
         ("kv_quant_mode", 1, "the cache is quantised, 1"),

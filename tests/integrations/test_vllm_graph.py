@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from batchproof.integrations.vllm.graph import fuse_rope_and_cache
+from batchproof.integrations.vllm.graph import FP8, fuse_output_quant, fuse_rope_and_cache
 from batchproof.ops import rms_norm as _rms_norm  # noqa: F401 - defines the ops
 from batchproof.ops import rope as _rope  # noqa: F401 - defines the op
 
@@ -25,9 +25,14 @@ def fused(*arguments):
     raise AssertionError("the graph is looked at, not run")
 
 
-def traced(norms=False, other_table=False):
-    """Two layers' attention as vLLM's models have it in Dynamo's graph; with q and k norms as Qwen3 has them."""
+def traced(norms=False, other_table=False, quantised=False):
+    """Two layers' attention as vLLM's models have it in Dynamo's graph.
+
+    ``norms``: of q and k, as Qwen3 has them. ``quantised``: the output, to a static scale, as before a product in fp8.
+    """
     graph = fx.Graph()
+    scale = graph.placeholder("scale")
+    scale.meta["example_value"] = torch.ones(())
     qkv, positions, table, other, weight = map(graph.placeholder, ("qkv", "positions", "table", "other", "weight"))
 
     def view(x, *shape):
@@ -50,11 +55,18 @@ def traced(norms=False, other_table=False):
         q, k, v = (graph.call_function(operator.getitem, (parts, j)) for j in range(3))
         q, k = turned(q, HEADS, table), turned(k, KV_HEADS, other if other_table else table)
         v = view(v, -1, KV_HEADS, HEAD_DIM)
-        output = graph.call_function(torch.empty, (TOKENS, SIZES[0]))
+        output = graph.call_function(torch.empty, (TOKENS, SIZES[0]), {"dtype": torch.bfloat16})
+        output.meta["example_value"] = torch.empty(TOKENS, SIZES[0], dtype=torch.bfloat16)
         out = view(output, -1, HEADS, HEAD_DIM)
         done = graph.call_function(torch.ops.vllm.unified_kv_cache_update, (k, v, f"layer.{i}"))
         attend = torch.ops.vllm.unified_attention_with_output
         graph.call_function(attend, (q, k, v, out, f"layer.{i}"), {"kv_cache_dummy_dep": done})
+        if quantised:
+            flat = view(view(out, -1, SIZES[0]), -1, SIZES[0])
+            reciprocal = graph.call_method("reciprocal", (graph.call_method("to", (scale, torch.float32)),))
+            product = graph.call_function(operator.mul, (graph.call_method("to", (flat, torch.float32)), reciprocal))
+            clamped = graph.call_method("clamp", (product, -448.0, 448.0))
+            output = graph.call_method("to", (clamped, torch.float8_e4m3fn))
         qkv = graph.call_function(torch.cat, ([output, output], -1))
     graph.output(qkv)
     graph.lint()
@@ -133,3 +145,59 @@ def test_a_norm_of_keys_alone_keeps_its_epsilon():
         if node.target is fused:
             q_weight, k_weight, eps = node.args[6:9]
             assert (q_weight, k_weight.name, eps) == (None, "weight", 1e-6)
+
+
+def test_attention_writes_its_output_quantised():
+    graph = traced(quantised=True)
+    assert fuse_output_quant(graph) == 2
+    graph.lint()
+    attention = [node for node in graph.nodes if "unified_attention" in str(node.target)]
+    for node in attention:
+        out = node.args[3]
+        assert node.kwargs["output_scale"].name == "scale"
+        assert out.args[0].kwargs["dtype"] == FP8
+        assert out.args[0].meta["example_value"].dtype == FP8
+    cat = [node for node in graph.nodes if node.target is torch.cat]
+    assert [node.args[0][0].args[0].args[0] for node in cat] == [node.args[3] for node in attention], "a view of it"
+    left = [str(node.target) for node in graph.nodes]
+    assert not any(name in left for name in ("clamp", "reciprocal", "to"))
+    assert fuse_output_quant(graph) == 0, "again"
+    assert fuse_rope_and_cache(graph, fused) == 2, "the other fusion finds what it looks for"
+
+
+def nodes_of(graph, target):
+    return [node for node in graph.nodes if node.target == target]
+
+
+def another_reader(graph, at):
+    with graph.inserting_after(at):
+        graph.call_function(torch.sum, (at,))
+
+
+BREAKS = {
+    "read before it is quantised": lambda graph: another_reader(graph, nodes_of(graph, "to")[1].args[0]),
+    "read as it was made": lambda graph: another_reader(graph, nodes_of(graph, torch.empty)[0]),
+    "clamped closer": lambda graph: nodes_of(graph, "clamp")[0].update_arg(1, -240.0),
+    "cast to another dtype": lambda graph: nodes_of(graph, "clamp")[0].next.update_arg(1, torch.float8_e5m2),
+    "widened to another dtype": lambda graph: nodes_of(graph, "to")[1].update_arg(1, torch.float64),
+    "rounded": lambda graph: setattr(nodes_of(graph, "clamp")[0], "target", "round"),
+    "divided": lambda graph: setattr(nodes_of(graph, operator.mul)[0], "target", operator.truediv),
+    "a scale for each token": lambda graph: nodes_of(graph, "scale")[0].meta.update(
+        example_value=torch.ones(TOKENS, 1)
+    ),
+    "a scale that is computed": lambda graph: nodes_of(graph, "to")[0].update_arg(0, nodes_of(graph, "split")[0]),
+    "a scale that is no reciprocal": lambda graph: setattr(nodes_of(graph, "reciprocal")[0], "target", "sqrt"),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_an_output_that_is_read_otherwise_stays(what):
+    graph = traced(quantised=True)
+    BREAKS[what](graph)
+    before = calls(graph)
+    layers = 0 if what == "a scale for each token" else 1  # both layers have that scale
+    assert fuse_output_quant(graph) == layers
+    assert (calls(graph) == before) == (layers == 0)
+    first = next(node for node in graph.nodes if "unified_attention" in str(node.target))
+    assert "output_scale" not in first.kwargs
+    assert nodes_of(graph, torch.empty)[0].kwargs["dtype"] == torch.bfloat16

@@ -19,6 +19,7 @@ from batchproof.ops import _attention_plan as plans
 from batchproof.ops import attention as module
 from batchproof.ops._hopper import is_hopper
 from batchproof.ops._library import FLOAT_DTYPES
+from batchproof.ops._quantize import quantize_static_fp8_reference
 from batchproof.ops._triton import tl, triton
 from batchproof.ops.attention import paged_attention
 from paged import Cache, assert_accurate, launched
@@ -270,9 +271,13 @@ def test_errors_name_the_value(case, generator):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_registered_op(options, generator):
-    arguments = {"causal": True, "window": 0, "softcap": 0.0, "k_start": None, **options}
+    none = dict.fromkeys(("k_start", "sinks", "k_scale", "v_scale", "out_scale"))
+    arguments = {"causal": True, "window": 0, "softcap": 0.0, **none, **options}
     arguments = Cache(generator, [9, 4], dtype=torch.float16).arguments({0: (0, 9), 1: (3, 4)}, **arguments)
-    torch.library.opcheck(torch.ops.batchproof.paged_attention.default, tuple(arguments.values()))
+    op = torch.ops.batchproof.paged_attention.default
+    torch.library.opcheck(op, tuple(arguments.values()))
+    scale = torch.full((1,), 0.02, device=generator.device)
+    torch.library.opcheck(op, tuple({**arguments, "out_scale": scale}.values()))
 
 
 @interpreted
@@ -674,6 +679,29 @@ def test_a_cache_in_fp8(dtype, workers, generator, monkeypatch):
     for name in ("k_scale", "v_scale"):
         other = paged_attention(**{**arguments, name: None})
         assert first_mismatch(other, out) is not None, name
+
+
+@hostile
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_an_output_in_fp8_is_the_quantised_output(dtype, workers, generator, monkeypatch):
+    """Large, small, infinite and NaN values; a sequence without keys, and rows that no sequence has."""
+    monkeypatch.setattr(module, "SPLIT", 64)
+    cache = Cache(generator, [197, 40, 1], 4, 2, 32, dtype)
+    for i, value in enumerate((INF, NAN, 3e4, 1e-6, 0.0)):
+        cache.v[0][:, 0, i] = value
+    arguments = cache.arguments({0: (180, 197), 1: (0, 40), 2: (0, 1)}, page_size=16, sinks=cache.randn(4))
+    arguments["seqused_k"][2] = 0
+    arguments["q"] = torch.cat([arguments["q"], arguments["q"][:3]])
+    scale = torch.full((1,), 0.013, device=generator.device)
+    runs = {"the op": lambda **more: paged_attention(**arguments, **more)}
+    if dtype != torch.bfloat16 or torch.cuda.is_available():  # which the interpreter has not
+        runs["the kernel"] = lambda **more: launched({**arguments, **more}, workers)
+    for name, run in runs.items():
+        out = run(out_scale=scale)
+        assert out.dtype == torch.float8_e4m3fn
+        expected = quantize_static_fp8_reference(run(), scale)
+        assert first_mismatch(out.view(torch.uint8), expected.view(torch.uint8)) is None, name
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ is elementwise. That is why the batch may choose rows, warps and workers.
 
 from __future__ import annotations
 
+from ._quantize_jit import FP8_MAX_TL, to_fp8
 from ._row_tree import launch_dependents, wait_for_inputs
 from ._triton import tl, triton
 
@@ -104,6 +105,15 @@ def _output(largest, normaliser, total, sinks_ptr, head, v_scale_ptr):
     if v_scale_ptr is not None:
         mean *= tl.load(v_scale_ptr)
     return tl.where(mean == mean, mean, float("nan"))
+
+
+@triton.jit
+def _stored(mean, out_scale_ptr, DTYPE: tl.constexpr):
+    """An output as it is stored: rounded to q's dtype, and quantised if there is a scale."""
+    if out_scale_ptr is not None:
+        return to_fp8(mean.to(DTYPE).to(tl.float32) * tl.div_rn(1.0, tl.load(out_scale_ptr)), FP8_MAX_TL)
+    else:
+        return mean.to(DTYPE)
 
 
 @triton.jit
@@ -211,7 +221,8 @@ def _page_of(keys, begin, end, key_start, pages_ptr, PAGE_SIZE: tl.constexpr):
 )
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, largest_ptr, normaliser_ptr, total_ptr,
-    cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr, block_table_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, odd_ptr,
+    cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr, block_table_ptr,
+    sinks_ptr, k_scale_ptr, v_scale_ptr, out_scale_ptr, odd_ptr,
     num_tokens, table_width, q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row: tl.int64,
     softmax_scale: tl.float32, softcap: tl.float32, window, workers, splits,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -250,7 +261,8 @@ def attention_kernel(
         for token in range(first + tl.minimum(num_queries, blocks * TOKENS), rest):
             offsets = (token * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
             mask = (head_in_group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-            tl.store(out_ptr + offsets, tl.zeros([ROWS, HEAD_DIM_PADDED], out_ptr.dtype.element_ty), mask=mask)
+            zeros = tl.zeros([ROWS, HEAD_DIM_PADDED], tl.float32)
+            tl.store(out_ptr + offsets, _stored(zeros, out_scale_ptr, q_ptr.dtype.element_ty), mask=mask)
     start_token = block * TOKENS
     if start_token >= num_queries:
         return
@@ -303,7 +315,7 @@ def attention_kernel(
             # a padding row takes another's sink
             known = tl.minimum(head, NUM_HEADS - 1)
             out = _output(largest, normaliser, total, sinks_ptr, known, v_scale_ptr)
-            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptrs, _stored(out, out_scale_ptr, q.dtype), mask=mask)
         else:
             place = row * splits + split - first_split
             tl.store(largest_ptr + place, largest, mask=row_mask)
@@ -314,15 +326,15 @@ def attention_kernel(
 
 @triton.jit(do_not_specialize=["window", "splits"])
 def merge_kernel(
-    largest_ptr, normaliser_ptr, total_ptr, out_ptr, cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr,
-    sinks_ptr, v_scale_ptr, window, splits,
+    q_ptr, largest_ptr, normaliser_ptr, total_ptr, out_ptr, cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr,
+    sinks_ptr, v_scale_ptr, out_scale_ptr, window, splits,
     TOKENS: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
     SPLIT: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_START: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token's query head: the results of the splits it sees, as ``attention_kernel`` stored them, to ``out``.
 
-    ``TOKENS`` were one program's there, and are written already if that saw one split or none.
+    ``TOKENS`` were one program's there, and are written already if that saw one split or none. ``q`` says the dtype.
     """
     wait_for_inputs(PDL)
     launch_dependents(PDL)
@@ -354,5 +366,6 @@ def merge_kernel(
             largest, normaliser, total, tl.load(largest_ptr + place), tl.load(normaliser_ptr + place), split_total
         )
     heads = head + tl.arange(0, 1)
-    out = _output(largest, normaliser, total, sinks_ptr, heads, v_scale_ptr).to(out_ptr.dtype.element_ty)
+    mean = _output(largest, normaliser, total, sinks_ptr, heads, v_scale_ptr)
+    out = _stored(mean, out_scale_ptr, q_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * HEAD_DIM + dims, out, mask=dim_mask)

@@ -92,8 +92,8 @@ def _merge(largest, normaliser, total, right_largest, right_normaliser, right_to
 @gluon.jit
 def _attend(
     WHICH: gl.constexpr, q_tiles, k_ring, v_ring, ones, q_full, k_full, v_full, k_empty, v_empty,
-    q_ptr, out_ptr, odd_ptr, sinks_ptr, first, num_queries, start_token, oldest, begin, end, kv_head, program,
-    q_token, q_head, softmax_scale, softcap, window,
+    q_ptr, out_ptr, odd_ptr, sinks_ptr, out_scale_ptr, first, num_queries, start_token, oldest, begin, end, kv_head,
+    program, q_token, q_head, softmax_scale, softcap, window,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr,
     TILE: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
@@ -202,13 +202,16 @@ def _attend(
     mask = (token < num_queries) & (rows % GROUP_PADDED < GROUP)
     row = (first + token).to(gl.int64) * NUM_HEADS + kv_head * GROUP + rows % GROUP_PADDED
     out_ptrs = out_ptr + row[:, None] * HEAD_DIM + dims[None, :]
-    gl.store(out_ptrs, mean.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+    mean = mean.to(dtype)
+    if out_scale_ptr is not None:  # as in _quantize_jit.to_fp8; the cast saturates
+        mean = gl.minimum(mean.to(gl.float32) * gl.div_rn(1.0, gl.load(out_scale_ptr)), 448.0).to(gl.float8e4nv)
+    gl.store(out_ptrs, mean, mask=mask[:, None])
 
 
 @gluon.jit(do_not_specialize=["table_row", "softmax_scale", "softcap", "window"])
 def prefill_kernel(
-    k_desc, v_desc, q_ptr, out_ptr, odd_ptr, sinks_ptr, cu_seqlens_q_ptr, seqused_k_ptr, block_table_ptr,
-    q_token, q_head, table_row, page_rows, head_rows, head_columns,
+    k_desc, v_desc, q_ptr, out_ptr, odd_ptr, sinks_ptr, out_scale_ptr,
+    cu_seqlens_q_ptr, seqused_k_ptr, block_table_ptr, q_token, q_head, table_row, page_rows, head_rows, head_columns,
     softmax_scale: gl.float32, softcap: gl.float32, window,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr,
     TILE: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, PAGE_SIZE: gl.constexpr, CAUSAL: gl.constexpr,
@@ -255,14 +258,14 @@ def prefill_kernel(
         gl.warp_specialize([
             (_attend, (
                 0, q_tiles, k_ring, v_ring, ones, q_full, k_full, v_full, k_empty, v_empty,
-                q_ptr, out_ptr, odd_ptr, sinks_ptr, first, num_queries, start_token, oldest, begin, end, kv_head,
-                program, q_token, q_head, softmax_scale, softcap, window,
+                q_ptr, out_ptr, odd_ptr, sinks_ptr, out_scale_ptr, first, num_queries, start_token, oldest, begin, end,
+                kv_head, program, q_token, q_head, softmax_scale, softcap, window,
                 NUM_HEADS, GROUP, GROUP_PADDED, HEAD_DIM, TILE, SPLIT, STAGES, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
             )),
             (_attend, (
                 1, q_tiles, k_ring, v_ring, ones, q_full, k_full, v_full, k_empty, v_empty,
-                q_ptr, out_ptr, odd_ptr, sinks_ptr, first, num_queries, start_token, oldest, begin, end, kv_head,
-                program, q_token, q_head, softmax_scale, softcap, window,
+                q_ptr, out_ptr, odd_ptr, sinks_ptr, out_scale_ptr, first, num_queries, start_token, oldest, begin, end,
+                kv_head, program, q_token, q_head, softmax_scale, softcap, window,
                 NUM_HEADS, GROUP, GROUP_PADDED, HEAD_DIM, TILE, SPLIT, STAGES, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
             )),
             (_load, (
@@ -327,8 +330,9 @@ def takes(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool
 
 def launch(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor, cu_seqlens_q: torch.Tensor,
-    seqused_k: torch.Tensor, block_table: torch.Tensor, sinks: torch.Tensor | None, softmax_scale: float,
-    causal: bool, window: int, softcap: float, grid: tuple[int, int, int], group: int, tile: int, split: int,
+    seqused_k: torch.Tensor, block_table: torch.Tensor, sinks: torch.Tensor | None,
+    out_scale: torch.Tensor | None, softmax_scale: float, causal: bool, window: int, softcap: float,
+    grid: tuple[int, int, int], group: int, tile: int, split: int,
 ) -> torch.Tensor:  # fmt: skip
     """Write the outputs of a grid of (sequences, key heads, blocks of ROWS rows) to ``out``, of what it ``takes``.
 
@@ -349,8 +353,9 @@ def launch(
     _KERNEL(
         grid, q,
         (
-            _view(k_cache, places), _view(v_cache, places), q, out, odd, sinks, cu_seqlens_q, seqused_k, block_table,
-            *q.stride()[:2], block_table.stride(0), *places, softmax_scale, softcap, window,
+            _view(k_cache, places), _view(v_cache, places), q, out, odd, sinks, out_scale,
+            cu_seqlens_q, seqused_k, block_table, *q.stride()[:2], block_table.stride(0), *places,
+            softmax_scale, softcap, window,
         ),
         keywords,
     )  # fmt: skip

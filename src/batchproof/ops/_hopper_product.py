@@ -153,6 +153,41 @@ def _add(total, part, scale, BLOCKS: gl.constexpr):
 
 
 @gluon.jit
+def _sum_steps(
+    total, left_ring, right_ring, full, empty, done, scale_a_ptr, scale_b_ptr, tokens, num_tokens, step,
+    scale_a_row, scale_a_group, scale_b_group,
+    COUNT: gl.constexpr, WHICH: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PROMOTE: gl.constexpr,
+    BLOCKS: gl.constexpr, AXIS: gl.constexpr,
+):  # fmt: skip
+    """The total with COUNT steps more, which are on the tensor core together and added in ascending order."""
+    LAYOUT: gl.constexpr = total.type.layout
+    if PROMOTE:
+        zero = gl.zeros(total.shape, gl.float32, LAYOUT)
+        scales = ()
+        parts = ()
+        for i in gl.static_range(COUNT):
+            scale = _scale_of_group(
+                scale_a_ptr, scale_b_ptr, tokens, num_tokens, step + i, scale_a_row, scale_a_group, scale_b_group,
+                BLOCKS, AXIS,
+            )  # fmt: skip
+            scales = scales + (scale,)  # type: ignore[assignment]  # noqa: RUF005 - the compiler adds tuples
+        for i in gl.static_range(COUNT):
+            part = _multiply(left_ring, right_ring, full, done + i, zero, False, WHICH, CONSUMERS, STAGES)
+            parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
+        for i in gl.static_range(COUNT):
+            part = warpgroup_mma_wait(COUNT - 1 - i, deps=[parts[i]])
+            _free(empty, done + i, STAGES)
+            total = _add(total, part, scales[i], BLOCKS)
+    else:
+        for i in gl.static_range(COUNT):
+            total = _multiply(left_ring, right_ring, full, done + i, total, True, WHICH, CONSUMERS, STAGES)
+        for i in gl.static_range(COUNT):
+            total = warpgroup_mma_wait(COUNT - 1 - i, deps=[total])
+            _free(empty, done + i, STAGES)
+    return total
+
+
+@gluon.jit
 def _compute(
     WHICH: gl.constexpr, left_ring, right_ring, staging, full, empty, out_desc,
     scale_a_ptr, scale_b_ptr, bias_ptr, out_ptr, lefts, rights, steps, num_tokens, num_columns,
@@ -166,10 +201,10 @@ def _compute(
     TOKEN_AXIS: gl.constexpr = 1 if SWAP else 0
     SCALE: gl.constexpr = HAS_SCALES and not BLOCKS
     SOON: gl.constexpr = WIDTH <= 32 or not (PER_TOKEN or PER_COLUMN)  # where there are registers to hold scales
+    TOGETHER: gl.constexpr = 4 if WIDTH <= 32 else 2 if PROMOTE else 1  # a wide tile has no registers for more sums
     if PDL:
         gdc_wait()
     done = 0
-    zero = gl.zeros([64, WIDTH], gl.float32, layout)
     for tile in range(gl.program_id(0), lefts * rights, gl.num_programs(0)):
         left, right = _place(tile, lefts, rights, GROUP)
         row = (left * CONSUMERS + WHICH) * 64
@@ -182,41 +217,21 @@ def _compute(
             scale_a = _along(scale_a_ptr, tokens, scale_a_row, num_tokens, PER_TOKEN, 1 - TOKEN_AXIS)
             scale_b = _along(scale_b_ptr, columns, scale_b_column, num_columns, PER_COLUMN, TOKEN_AXIS)
         total = gl.zeros([64, WIDTH], gl.float32, layout)
-        if not PROMOTE:
-            for _step in range(steps):
-                total = _multiply(left_ring, right_ring, full, done, total, True, WHICH, CONSUMERS, STAGES)
-                total = warpgroup_mma_wait(0, deps=[total])
-                _free(empty, done, STAGES)
-                done += 1
-        else:  # two groups at a time, the second at work while the first is added
-            for step in range(0, steps - 1, 2):
-                scale = _scale_of_group(
-                    scale_a_ptr, block_ptr, tokens, num_tokens, step, scale_a_row, scale_a_group, scale_b_group,
-                    BLOCKS, 1 - TOKEN_AXIS,
-                )  # fmt: skip
-                other_scale = _scale_of_group(
-                    scale_a_ptr, block_ptr, tokens, num_tokens, step + 1, scale_a_row, scale_a_group, scale_b_group,
-                    BLOCKS, 1 - TOKEN_AXIS,
-                )  # fmt: skip
-                part = _multiply(left_ring, right_ring, full, done, zero, False, WHICH, CONSUMERS, STAGES)
-                other = _multiply(left_ring, right_ring, full, done + 1, zero, False, WHICH, CONSUMERS, STAGES)
-                part = warpgroup_mma_wait(1, deps=[part])
-                _free(empty, done, STAGES)
-                total = _add(total, part, scale, BLOCKS)
-                other = warpgroup_mma_wait(0, deps=[other])
-                _free(empty, done + 1, STAGES)
-                total = _add(total, other, other_scale, BLOCKS)
-                done += 2
-            if steps % 2 == 1:
-                scale = _scale_of_group(
-                    scale_a_ptr, block_ptr, tokens, num_tokens, steps - 1, scale_a_row, scale_a_group, scale_b_group,
-                    BLOCKS, 1 - TOKEN_AXIS,
-                )  # fmt: skip
-                part = _multiply(left_ring, right_ring, full, done, zero, False, WHICH, CONSUMERS, STAGES)
-                part = warpgroup_mma_wait(0, deps=[part])
-                _free(empty, done, STAGES)
-                total = _add(total, part, scale, BLOCKS)
-                done += 1
+        whole = steps // TOGETHER * TOGETHER
+        for step in range(0, whole, TOGETHER):
+            total = _sum_steps(
+                total, left_ring, right_ring, full, empty, done, scale_a_ptr, block_ptr, tokens, num_tokens, step,
+                scale_a_row, scale_a_group, scale_b_group,
+                TOGETHER, WHICH, CONSUMERS, STAGES, PROMOTE, BLOCKS, 1 - TOKEN_AXIS,
+            )  # fmt: skip
+            done += TOGETHER
+        for step in range(whole, steps):
+            total = _sum_steps(
+                total, left_ring, right_ring, full, empty, done, scale_a_ptr, block_ptr, tokens, num_tokens, step,
+                scale_a_row, scale_a_group, scale_b_group,
+                1, WHICH, CONSUMERS, STAGES, PROMOTE, BLOCKS, 1 - TOKEN_AXIS,
+            )  # fmt: skip
+            done += 1
         if SCALE:
             if not SOON:
                 scale_a = _along(scale_a_ptr, tokens, scale_a_row, num_tokens, PER_TOKEN, 1 - TOKEN_AXIS)

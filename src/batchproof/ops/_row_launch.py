@@ -223,27 +223,30 @@ def has_dependent_launch(device: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-_dependent_launch = True
+_dependent_launch = 1
 
 
-def use_dependent_launch(use: bool) -> None:
-    """Whether this process's row kernels are let in before the kernel ahead ends, where the GPU can; at first they are.
+def use_dependent_launch(use: bool, at_once: bool = False) -> None:
+    """Whether this process's kernels are let in before the kernel ahead ends, where the GPU can; at first they are.
 
     It pays between kernels that let one another in, as these do. Among kernels that do not, such as vLLM's matrix
     products, it costs half a microsecond a launch in a CUDA graph instead. No bit depends on it.
+
+    ``at_once``: a kernel lets the next one in before it waits itself, rather than once its loads are on their way. It
+    pays where products read weights ahead: the next one's may then be read while the last one still runs.
     """
     global _dependent_launch
-    _dependent_launch = use
+    _dependent_launch = (2 if at_once else 1) if use else 0
 
 
-def dependent_launch(device: int) -> bool:
-    """Whether kernels are launched so on a GPU."""
-    return _dependent_launch and has_dependent_launch(device)
+def dependent_launch(device: int) -> int:
+    """What kernels on a GPU are told in PDL; see ``_row_tree``."""
+    return _dependent_launch if has_dependent_launch(device) else 0
 
 
-def launch_options(like: torch.Tensor) -> dict[str, Any]:
-    """What a kernel with a constant PDL is launched with, where ``like`` is."""
-    pdl = like.is_cuda and dependent_launch(like.get_device())
+def launch_options(like: torch.Tensor, at_once: bool = True) -> dict[str, Any]:
+    """What a kernel with a constant PDL is launched with, where ``like`` is; ``at_once``: whether it may let in so."""
+    pdl = min(dependent_launch(like.get_device()), 2 if at_once else 1) if like.is_cuda else 0
     return {"PDL": pdl, "enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})}
 
 
@@ -273,7 +276,7 @@ class CachedKernel:
             warps: num_warps.
         """
         if not like.is_cuda:  # Triton's interpreter
-            self.function[(programs,)](*arguments, *constants, False)
+            self.function[(programs,)](*arguments, *constants, 0)
             return
         device = like.get_device()
         if device != torch.cuda.current_device():

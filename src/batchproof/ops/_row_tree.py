@@ -33,10 +33,15 @@ __all__ = [
     "wait_for_inputs",
 ]
 
+# What kernels are told in PDL, beside 0: when the next kernel's programs are let in
+_LATER, _AT_ONCE = tl.constexpr(1), tl.constexpr(2)
+
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
     """Until the kernels before this one are complete. Nothing is read or written before, not even weights."""
+    if PDL == _AT_ONCE:
+        tl.extra.cuda.gdc_launch_dependents()
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -44,7 +49,7 @@ def wait_for_inputs(PDL: tl.constexpr):
 @triton.jit
 def launch_dependents(PDL: tl.constexpr):
     """Let the next kernel's programs take their places; they wait for this kernel's end before they read."""
-    if PDL:
+    if PDL == _LATER:
         tl.extra.cuda.gdc_launch_dependents()
 
 

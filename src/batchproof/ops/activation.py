@@ -127,7 +127,8 @@ def _activation_kernel(
 def launch(x: torch.Tensor, out: torch.Tensor, gelu: bool, gated: bool, scale: torch.Tensor | None = None) -> None:
     """Run the kernel; ``out`` is new and packed, of x's shape or, if ``gated``, half as wide; fp8 if there is a scale.
 
-    What quantises is launched early, for what comes after it is a product.
+    What quantises is launched early, for what comes after it is a product; it does not let that in at once, which made
+    a step of one token 3% longer.
     """
     if out.numel() == 0:
         return
@@ -135,7 +136,7 @@ def launch(x: torch.Tensor, out: torch.Tensor, gelu: bool, gated: bool, scale: t
     width = out.shape[-1] if out.dim() else 1
     vec = vector_width(x) if out.dim() else 1
     vec = vec if width % vec == 0 else 1
-    options = {"PDL": False, "enable_fp_fusion": False} if scale is None else launch_options(x)
+    options = {"PDL": 0, "enable_fp_fusion": False} if scale is None else launch_options(x, at_once=False)
     block = min(triton.next_power_of_2(width), MAX_BLOCK)
     with device_guard(x):
         _activation_kernel[(out.numel() // width * triton.cdiv(width, block),)](

@@ -34,7 +34,16 @@ from ._attention_kernels import attention_kernel, merge_kernel
 from ._attention_plan import PREFILL, Block, plan_for
 from ._fast_launch import FastKernel
 from ._hopper import is_hopper
-from ._library import check_device, check_dtype, check_same, check_scalar, register_op, require_no_grad
+from ._library import (
+    check_device,
+    check_dtype,
+    check_positive_scalar,
+    check_same,
+    check_scalar,
+    register_op,
+    require_no_grad,
+)
+from ._quantize import quantize_static_fp8_reference
 from ._row_launch import launch_options
 from ._triton import processors, triton
 
@@ -66,6 +75,7 @@ def paged_attention_reference(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The formula in float64, one sequence at a time."""
     out = torch.zeros_like(q)
@@ -89,7 +99,7 @@ def paged_attention_reference(
         probabilities = scores.softmax(-1).nan_to_num(0.0)[..., :num_keys]
         means = torch.einsum("hqk,khd->qhd", probabilities, values)
         out[bounds[i] : bounds[i + 1]] = (means if v_scale is None else means * v_scale.double()).to(q.dtype)
-    return out
+    return out if out_scale is None else quantize_static_fp8_reference(out, out_scale)
 
 
 def splits_for(context: int, max_seqlen_q: int, window: int, has_start: bool) -> int:
@@ -126,16 +136,19 @@ def launch(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
     workers: int | None = None,
     block: Block | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the kernels, which want unit stride on every tensor's last axis.
 
-    ``workers`` and ``block``: as ``workers_for`` and ``block_for`` say. ``out``: contiguous, to be written.
+    ``workers`` and ``block``: as ``workers_for`` and ``block_for`` say. ``out``: contiguous, to be written; in fp8 if
+    there is an ``out_scale``.
     """
     num_sequences, kv_heads = seqused_k.shape[0], k_cache.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype if out_scale is None else FP8, device=q.device)
     if q.numel() == 0 or num_sequences == 0 or max_seqlen_q == 0:
         return out.zero_()
     q, k_cache, v_cache, block_table = (
@@ -168,14 +181,14 @@ def launch(
     odd = None  # what is left for attention_kernel to do; None for all
     if hopper is not None and plan.block == PREFILL and plan.workers == 1:
         odd = hopper.launch(
-            q, k_cache, v_cache, out, *sequences[:2], block_table, sinks, softmax_scale, causal, window, softcap,
-            plan.grid, plan.group, TILE, SPLIT,
+            q, k_cache, v_cache, out, *sequences[:2], block_table, sinks, out_scale, softmax_scale, causal, window,
+            softcap, plan.grid, plan.group, TILE, SPLIT,
         )  # fmt: skip
     _ATTENTION(
         (*plan.grid[:2], plan.grid[2] * plan.workers), q,
         (
-            q, k_cache, v_cache, out, *parts, *sequences, block_table, sinks, k_scale, v_scale, odd,
-            num_tokens, block_table.shape[1], *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+            q, k_cache, v_cache, out, *parts, *sequences, block_table, sinks, k_scale, v_scale, out_scale,
+            odd, num_tokens, block_table.shape[1], *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
             block_table.stride(0), softmax_scale, softcap, window, plan.workers, splits,
         ),
         {
@@ -187,7 +200,8 @@ def launch(
     )  # fmt: skip
     if plan.workers > 1:
         _MERGE(
-            (num_sequences, num_heads, max_seqlen_q), q, (*parts, out, *sequences, sinks, v_scale, window, splits),
+            (num_sequences, num_heads, max_seqlen_q), q,
+            (q, *parts, out, *sequences, sinks, v_scale, out_scale, window, splits),
             {"TOKENS": plan.tokens, "STAGES": MERGE_STAGES, "num_warps": 1, **constants},
         )  # fmt: skip
     return out
@@ -195,7 +209,12 @@ def launch(
 
 def _paged_attention_cpu(*arguments: Any) -> torch.Tensor:
     _validate(*arguments)
-    return attend_paged(*arguments)
+    *others, out_scale = arguments
+    out = attend_paged(*others)
+    if out_scale is None:
+        return out
+    check_positive_scalar("paged_attention", "out_scale", out_scale)
+    return quantize_static_fp8_reference(out, out_scale)
 
 
 def _paged_attention_cuda(*arguments: Any) -> torch.Tensor:
@@ -206,7 +225,8 @@ def _paged_attention_cuda(*arguments: Any) -> torch.Tensor:
 def _paged_attention_fake(*arguments: Any) -> torch.Tensor:
     _validate(*arguments)
     q: torch.Tensor = arguments[0]
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    dtype = q.dtype if arguments[-1] is None else FP8
+    return torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _validate(
@@ -225,6 +245,7 @@ def _validate(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
 ) -> None:
     op = "paged_attention"
     check_dtype(op, "q", q)
@@ -249,7 +270,7 @@ def _validate(
         if sinks.shape != (q.shape[1],):
             raise ShapeError(f"{op}: sinks has shape {tuple(sinks.shape)}, want ({q.shape[1]},)")
         check_device(op, "sinks", sinks, "q", q)
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale), ("out_scale", out_scale)):
         if scale is not None:
             check_scalar(op, name, scale, "q", q)
     sequences = seqused_k.shape[0]
@@ -270,7 +291,7 @@ def _validate(
 _paged_attention = register_op(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqused_k, "
     "Tensor block_table, SymInt max_seqlen_q, float softmax_scale, bool causal, int window, float softcap, "
-    "Tensor? k_start, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
+    "Tensor? k_start, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor? out_scale) -> Tensor",
     cpu=_paged_attention_cpu,
     cuda=_paged_attention_cuda,
     fake=_paged_attention_fake,
@@ -293,6 +314,7 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of ragged queries over keys and values in pages.
 
@@ -313,9 +335,11 @@ def paged_attention(
         sinks: [num_heads], fp32, fp16 or bf16: a score of each head for no key (GPT-OSS); None for none.
         k_scale: one fp32 element: what keys in fp8 are to be multiplied by; None for 1.
         v_scale: one fp32 element, as k_scale for values.
+        out_scale: one fp32 element, positive: the output is divided by it and rounded to fp8; None for q's dtype.
 
     Returns:
-        [num_tokens, num_heads, head_dim], contiguous; zero for a query that sees no key.
+        [num_tokens, num_heads, head_dim], contiguous; zero for a query that sees no key. With an out_scale fp8 e4m3,
+        saturated at 448 times the scale, NaN as 448: the bits of the quantisation of the output in q's dtype.
 
     Invariance: see the module docstring. Prefill at once, in chunks and token by token give the same bits.
 
@@ -323,7 +347,7 @@ def paged_attention(
         ShapeError, DtypeError, DeviceError, ArgumentError: before anything is computed.
         UnsupportedError: autograd would record the call.
     """
-    require_no_grad("paged_attention", q, k_cache, v_cache, sinks)
+    require_no_grad("paged_attention", q, k_cache, v_cache, sinks, out_scale)
     result: torch.Tensor = _paged_attention(
         q,
         k_cache,
@@ -340,6 +364,7 @@ def paged_attention(
         sinks,
         k_scale,
         v_scale,
+        out_scale,
     )
     return result
 

@@ -37,7 +37,7 @@ def probe_attention() -> str | None:
     found = inspect.signature(module.unified_attention).parameters
     if list(found)[: len(_ATTENDS)] != _ATTENDS:
         return f"unified_attention begins with {list(found)[: len(_ATTENDS)]}, want {_ATTENDS}"
-    unknown = [name for name in (*NEUTRAL, "sinks") if name not in found]
+    unknown = [name for name in (*NEUTRAL, "sinks", "output_scale") if name not in found]
     if unknown:
         return f"unified_attention has no {', '.join(unknown)}"
     builder = inspect.signature(module.TritonAttentionMetadataBuilder.__init__).parameters

@@ -205,11 +205,11 @@ def _install_linear() -> None:
 
 
 def _let_in_early() -> None:
-    """Norms and products let one another in early: an engine's weights stay as they are."""
+    """Kernels let one another in at once: an engine's weights stay as they are."""
     from ...ops._hopper import use_static_weights
     from ...ops._row_launch import use_dependent_launch
 
-    use_dependent_launch(True)
+    use_dependent_launch(True, at_once=True)
     use_static_weights(True)
 
 

@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from ...ops import rms_norm as _rms_norm  # noqa: F401 - defines the ops
 from ...ops import rope as _rope  # noqa: F401 - defines the op
 from ...ops import rope_cache as _rope_cache  # noqa: F401 - defines the op
-from .graph import fuse_rope_and_cache
+from .graph import fuse_output_quant, fuse_rope_and_cache
 from .log import logger
 
 __all__ = ["FUSED", "fuse", "invariant", "why_apart"]
@@ -121,9 +121,10 @@ def fuse(graph: torch.fx.GraphModule, config: Any) -> None:
         logger.info("batchproof leaves rope and the cache write apart: %s", reason)
         return
     count = fuse_rope_and_cache(graph.graph, _ops.rope_and_unified_kv_cache_update.default)
-    if count:
-        graph.recompile()
-        operators = config.compilation_config.splitting_ops
-        if FUSED not in operators:
-            operators.append(FUSED)
+    quantised = fuse_output_quant(graph.graph)
+    graph.recompile()
+    operators = config.compilation_config.splitting_ops
+    if count and FUSED not in operators:
+        operators.append(FUSED)
     logger.info("batchproof made rope and the cache write one kernel in %d layers", count)
+    logger.info("batchproof has attention quantise its output in %d layers", quantised)
