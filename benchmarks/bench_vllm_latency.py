@@ -71,7 +71,7 @@ FLAGS = {
     "default": [],
 }
 # With its cache sized by hand vLLM measures no free memory, which the engines beside it change all the time.
-SHARE = ["--gpu-memory-utilization", "0.09", "--kv-cache-memory-bytes", str(1 << 30), "--max-model-len", "4096"]
+SHARE = ["--gpu-memory-utilization", "0.09", "--max-model-len", "4096"]
 PUBLISHED = {"source": "vLLM PR 40413", "before_s": 0.5245, "after_s": 0.5136}
 _SCHEME = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 _SCHEME |= {"group_size": None, "observer": "minmax", "observer_kwargs": {}, "actorder": None, "block_structure": None}
@@ -108,6 +108,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=2, help="interleaved rounds, at least two")
     parser.add_argument("--iterations", type=int, default=10, help="timed iterations in a round")
     parser.add_argument("--warmup", type=int, default=3, help="iterations before them")
+    parser.add_argument("--batch-size", type=int, default=BATCH, help=f"requests; default: {BATCH}")
+    parser.add_argument("--input-len", type=int, default=PROMPT, help=f"tokens in, of each; default: {PROMPT}")
+    parser.add_argument("--output-len", type=int, default=OUTPUT, help=f"tokens out, of each; default: {OUTPUT}")
+    parser.add_argument("--kv-cache-gib", type=float, default=1, help="of every engine; default: 1")
+    parser.add_argument("--no-profile", action="store_true", help=f"the profile's batch is {BATCH} whatever the other")
     parser.add_argument("--model", type=Path, help=f"folder of a model; default: the shapes of {MODEL_NAME}")
     parser.add_argument("--timeout", type=float, default=400, help="seconds to start all engines, and for any command")
     parser.add_argument("--logs", type=Path, help="folder for the engines' logs; default: a temporary one")
@@ -234,7 +239,7 @@ def _measure(
         missing, versions = start(workers, options.timeout)
         rounds = _time(workers, options, missing)
         untimed = set(missing)  # who fails at the profile alone has been timed
-        kernels = _profile(workers, options.timeout, missing)
+        kernels = [] if options.no_profile else _profile(workers, options.timeout, missing)
     finally:
         for worker in workers.values():
             worker.kill()
@@ -370,7 +375,9 @@ def _common(options: argparse.Namespace, temporary: Path) -> list[str]:
         (model / "config.json").write_text(json.dumps(MODEL))
     return [
         *("--model", str(model), "--load-format", "dummy", "--skip-tokenizer-init", *SHARE),
-        *("--batch-size", str(BATCH), "--input-len", str(PROMPT), "--output-len", str(OUTPUT)),
+        *("--kv-cache-memory-bytes", str(int(options.kv_cache_gib * (1 << 30)))),
+        *("--batch-size", str(options.batch_size)),
+        *("--input-len", str(options.input_len), "--output-len", str(options.output_len)),
         *("--num-iters", str(options.iterations), "--num-iters-warmup", str(options.warmup)),
     ]
 
@@ -380,9 +387,9 @@ def _settings(options: argparse.Namespace, variants: Sequence[str], common: Sequ
     return {
         "note": "dummy weights: right for time, no proof of bits",
         "model": options.model.name if options.model else MODEL_NAME,
-        "batch": BATCH,
-        "input_tokens": PROMPT,
-        "output_tokens": OUTPUT,
+        "batch": options.batch_size,
+        "input_tokens": options.input_len,
+        "output_tokens": options.output_len,
         "rounds": options.rounds,
         "iterations": options.iterations,
         "warmup": options.warmup,

@@ -8,6 +8,7 @@ from typing import Any
 
 PATH = "h200/vllm_latency.json"
 PATHS = (PATH, "h200/vllm_latency_default.json")  # one run for each set of flags
+THROUGHPUT = "h200/vllm_throughput.json"
 EXACTNESS = "h100/vllm_exactness.json"
 # The first kind whose pattern is in a kernel's name is the kernel's kind.
 KINDS = {
@@ -75,6 +76,24 @@ def latency_rows(result: Result) -> str:
         without = f"{rest / base:.3f}" if rest and base else ""
         lines.append(f"| {row['name']} | {row['flags']} | {_cell(seconds)} | {ratio} | {lm_head} | {without} |")
     return "\n".join(lines)
+
+
+def throughput_table(result: Result, path: str = THROUGHPUT) -> str:
+    """Tokens a second of each variant, and its share of vLLM's default."""
+    seconds = {_key(row): row["median_s"] for row in result["rows"]}
+    tokens = result["batch"] * result["output_tokens"]
+    lines = ["| variant | flags | seconds | tokens out a second | share of vLLM default |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        took, default = seconds[_key(row)], seconds.get((row["flags"], "e"))
+        share = f"{default / took:.3f}" if took and default else ""
+        figures = f"{took:.3f} | {tokens / took:.0f}" if took else f"{_cell('missing: ' + row['missing'])} | "
+        lines.append(f"| {row['name']} | {row['flags']} | {figures} | {share} |")
+    caption = (
+        f"{result['batch']} requests at once, {result['input_tokens']} tokens in, {result['output_tokens']} out, with "
+        f"`vllm bench latency`: median of {result['rounds']} interleaved rounds of {result['iterations']}, "
+        f"{result['model']}, dummy weights, {result['device']}, vLLM {result['vllm']} ({_files([path])})."
+    )
+    return "\n".join([*lines, "", caption])
 
 
 def _key(row: Result) -> tuple[str, str]:
