@@ -16,7 +16,7 @@ KINDS = {
     "norm with quantisation": r"(norm|rsqrt).*(quant|fp8|clamp)|quant.*norm",
     "norm": r"norm|rsqrt",
     "quantisation": r"quant|fp8_e4m3|clamp",
-    "attention and KV cache": r"attention|attn|flash|^merge_kernel|reshape_and_cache|rotary|reduce_segments",
+    "attention and KV cache": r"attention|attn|flash|^merge_kernel|(reshape|rope)_and_cache|rotary|reduce_segments",
     "matrix products": r"gemm|cutlass|nvjet|matmul|cublas|splitk|gemv|mm_kernel|product_kernel",
     "residual add": r"fused_add|functor_add",
     "copies and fills": r"^mem(cpy|set)( |$)",
