@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from batchproof.registry import all_specs
 from run import describe, device_folder, write
 
 HERE = Path(__file__).parent
@@ -64,13 +65,6 @@ TORCH = {
     "cross_entropy": (f"input={LOGITS}", "target=randint(0,32000)[M]"),
 }
 WIDE = ("softmax", "log_softmax", "topk", "cross_entropy", "sdpa_decode")  # their rows are large
-OURS = (
-    "rms_norm", "fused_add_rms_norm", "add_rms_norm", "rms_norm_static_fp8_quant", "rms_norm_dynamic_per_token_quant",
-    "rms_norm_per_block_quant", "add_rms_norm_static_fp8_quant", "add_rms_norm_dynamic_per_token_quant",
-    "add_rms_norm_per_block_quant", "rms_norm_gated", "rms_norm_backward", "layer_norm", "linear", "paged_attention",
-    "softmax", "log_softmax", "mean", "silu", "silu_and_mul", "gelu_tanh", "gelu_tanh_and_mul", "rope", "sample",
-    "gumbel_noise", "argmax", "scaled_mm",
-)  # fmt: skip
 OUR_PRODUCTS = {
     "mm": (ROW, "randn[4096,4096]:bf16"),
     "addmm": ("randn[4096]:bf16", ROW, "randn[4096,4096]:bf16"),
@@ -88,7 +82,7 @@ def cases() -> list[Case]:
         found.append(Case("torch.compile", name, _adapter(op), arguments, ("--compile", "--rows", "1024")))
     found.append(Case("torch", "_scaled_mm", _adapter("scaled_mm"), FP8))
     found.append(Case("torch", "multinomial", _adapter("multinomial"), (f"logits={LOGITS}",), FEWER))
-    ours = [Case("batchproof", op, f"batchproof:{op}") for op in OURS]
+    ours = [Case("batchproof", op, f"batchproof:{op}") for op in all_specs()]
     ours += [Case("batchproof", op, f"batchproof:{op}", arguments) for op, arguments in OUR_PRODUCTS.items()]
     return [*found, *_vllm(), *_others(), *ours]
 

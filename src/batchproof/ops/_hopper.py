@@ -111,13 +111,18 @@ def parts_for(m: int, n: int, row_bytes: int, multiprocessors: int) -> tuple[Par
 
 def takes(tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, shape: Shape) -> bool:
     """Whether the TMA can read [M, K] and [N, K], k the fastest, and write [M, N]: sizes and strides of 16 bytes."""
-    operands = (tokens, weight)
     return (
         tokens.dtype in DTYPES
-        and all(t.stride(1) == 1 and t.stride(0) >= t.shape[1] > 0 for t in operands)
-        and all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands)
+        and _is_readable(tokens)
+        and _is_readable(weight)
         and (shape.swap or (out.shape[1] % 8 == 0 and out.element_size() == 2 and out.data_ptr() % 16 == 0))
     )
+
+
+def _is_readable(operand: torch.Tensor) -> bool:
+    row, one = operand.stride()
+    aligned = row * operand.element_size() % 16 == 0 and operand.data_ptr() % 16 == 0
+    return aligned and one == 1 and row >= operand.shape[1] > 0
 
 
 @lru_cache
@@ -166,6 +171,9 @@ def product(
     launch = _kernel()
     if launch is None:
         return False
+    if len(parts) == 1:
+        launch(tokens, weight, out, parts[0].shape, scale_a, scale_b, bias, blocks, _static_weights)
+        return True
     for part in parts:
         columns = slice(part.start, part.stop)
         of_scales = slice(part.start // BLOCK, -(-part.stop // BLOCK)) if blocks else columns
