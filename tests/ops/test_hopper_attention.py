@@ -8,6 +8,7 @@ from batchproof.ops import _attention_plan as plans
 from batchproof.ops import _hopper_attention as hopper
 from batchproof.ops import attention as module
 from batchproof.ops._hopper import is_hopper
+from batchproof.ops._quantize import quantize_static_fp8_reference
 from paged import Cache, assert_accurate, launched
 
 INF, NAN = float("inf"), float("nan")
@@ -162,6 +163,29 @@ def test_what_a_row_does_not_see_cannot_reach_it(bad, options, monkeypatch, gene
         assert first_mismatch(out[:700], clean[:700]) is None, "keys after a query"
         assert first_mismatch(out[1100:1300], clean[1100:1300]) is None
     assert not bool(out[700].isfinite().all())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("options", [{}, {"window": 90, "softcap": 5.0}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@hostile
+def test_an_output_in_fp8_is_the_quantised_output(dtype, options, monkeypatch, generator):
+    """Small and large values, an infinity and NaN: what either kernel writes, and a sequence that sees no key."""
+    flags = taken(monkeypatch)
+    cache = Cache(generator, [900, 130, 40], 8, 2, 128, dtype)
+    for i, value in enumerate((3e4, -3e4, 1e-6, 0.0)):
+        cache.v[0][:, 0, i] = value
+    scale = torch.full((1,), 0.013, device=generator.device)
+    for odd in (False, True):
+        if odd:
+            cache.v[0][700, 1, 5], cache.v[1][100, 0, 7] = INF, NAN
+        arguments = cache.arguments({0: (0, 900), 1: (0, 130), 2: (0, 40)}, sinks=cache.randn(8), **options)
+        arguments["seqused_k"][2] = 0
+        expected = quantize_static_fp8_reference(launched(arguments, 1, plans.DECODE), scale)
+        out = launched({**arguments, "out_scale": scale}, 1)
+        assert flags[-1] == odd
+        assert first_mismatch(out.view(torch.uint8), expected.view(torch.uint8)) is None
 
 
 @pytest.mark.gpu

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._fast_launch import FastKernel, View
+from ._quantize import FP8_MAX
 
 __all__ = ["HEAD_DIMS", "ROWS", "launch", "prefill_kernel", "takes"]
 
@@ -42,6 +43,7 @@ BOX = gl.constexpr(PAGE)
 COLUMNS = gl.constexpr(64)  # of them: 128 bytes, the width of the swizzle
 SIDE = gl.constexpr(64)  # rows of a wgmma
 LOG2_E = gl.constexpr(1.4426950408889634)
+MOST = gl.constexpr(FP8_MAX)
 
 
 @gluon.jit
@@ -203,8 +205,8 @@ def _attend(
     row = (first + token).to(gl.int64) * NUM_HEADS + kv_head * GROUP + rows % GROUP_PADDED
     out_ptrs = out_ptr + row[:, None] * HEAD_DIM + dims[None, :]
     mean = mean.to(dtype)
-    if out_scale_ptr is not None:  # as in _quantize_jit.to_fp8; the cast saturates
-        mean = gl.minimum(mean.to(gl.float32) * gl.div_rn(1.0, gl.load(out_scale_ptr)), 448.0).to(gl.float8e4nv)
+    if out_scale_ptr is not None:  # as _quantize_jit.to_fp8 does it: NaN becomes MOST, and the cast saturates
+        mean = gl.minimum(mean.to(gl.float32) * gl.div_rn(1.0, gl.load(out_scale_ptr)), MOST).to(gl.float8e4nv)
     gl.store(out_ptrs, mean, mask=mask[:, None])
 
 

@@ -10,14 +10,9 @@ import inspect
 from importlib import import_module
 from typing import Any
 
-__all__ = ["install_attention", "install_rope", "lacks", "probe_attention", "probe_rope"]
+from .oot import lacks, register, taken_by_another
 
-
-def lacks(owner: Any, *names: str) -> str | None:
-    """Which of the names there are none of, in a few words; None if there are all."""
-    absent = [name for name in names if not hasattr(owner, name)]
-    return f"{getattr(owner, '__name__', owner)} has no {', '.join(absent)}" if absent else None
-
+__all__ = ["install_attention", "install_rope", "probe_attention", "probe_rope"]
 
 _ATTENTION = "vllm.v1.attention.backends.triton_attn"  # which calls unified_attention by its own name
 _ATTENDS = [
@@ -78,7 +73,6 @@ def _rotary_classes() -> list[Any]:
 def probe_rope() -> str | None:
     """What is missing of the rotary embeddings, of the cache write and of vLLM's compiler; None if nothing."""
     from vllm.compilation.backends import VllmBackend
-    from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.attention import attention
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
@@ -87,9 +81,9 @@ def probe_rope() -> str | None:
         if found != ["self", "positions", "query", "key"]:
             return f"RotaryEmbedding.{name} takes {found}, want ['self', 'positions', 'query', 'key']"
     for base in _rotary_classes():
-        taken = op_registry_oot.get(base.__name__)
-        if taken is not None and not taken.__module__.startswith("batchproof."):
-            return f"another plug-in has registered {taken.__module__}.{taken.__qualname__} for {base.__name__}"
+        taken = taken_by_another(base.__name__)
+        if taken:
+            return taken
     found = list(inspect.signature(attention.unified_kv_cache_update).parameters)
     if found != ["key", "value", "layer_name"]:
         return f"unified_kv_cache_update takes {found}, want ['key', 'value', 'layer_name']"
@@ -104,15 +98,11 @@ def probe_rope() -> str | None:
 def install_rope() -> None:
     """Ours for the rotary embeddings, and one op for them and the cache write in graphs that vLLM compiles."""
     from vllm.compilation.backends import VllmBackend
-    from vllm.model_executor.custom_op import op_registry_oot
 
     from . import rope
 
     for base in _rotary_classes():
-        if base.__name__ not in op_registry_oot:
-            ours = rope.invariant(base)
-            base.register_oot(name=base.__name__)(ours)
-            ours.name = base.name  # by which the custom_ops switches know it
+        register(base, rope.invariant(base))
     configure = VllmBackend.configure_post_pass
     if hasattr(configure, "__wrapped__"):
         return

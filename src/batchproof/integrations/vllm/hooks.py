@@ -17,7 +17,7 @@ from typing import Any
 from ..._version import __version__
 from ...mode import read_flag
 from . import attention_hooks
-from .attention_hooks import lacks
+from .oot import lacks, register, taken_by_another
 
 __all__ = ["HOOKS", "PROVIDER", "Hook"]
 
@@ -68,33 +68,25 @@ def _on_hopper() -> str:
 
 
 def _probe_layer(name: str, *parameters: str) -> str | None:
-    from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers import layernorm
 
     layer = getattr(layernorm, name)
     signature = list(inspect.signature(layer.forward_cuda).parameters)
     if signature != ["self", "x", "residual"]:
         return f"{name}.forward_cuda takes {signature}, want ['self', 'x', 'residual']"
-    taken = op_registry_oot.get(name)
-    if taken is not None and not taken.__module__.startswith("batchproof."):
-        return f"another plug-in has registered {taken.__module__}.{taken.__qualname__} for {name}"
     absent = [wanted for wanted in parameters if wanted not in inspect.getsource(layer.__init__)]
-    return lacks(layer, "register_oot") or (f"{name} sets no {', '.join(absent)}" if absent else None)
+    sets_none = f"{name} sets no {', '.join(absent)}" if absent else None
+    return taken_by_another(name) or lacks(layer, "register_oot") or sets_none
 
 
 def _install_layer(name: str) -> None:
-    from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers import layernorm
 
     from ...ops._row_launch import use_dependent_launch
     from . import layers
 
     use_dependent_launch(False)  # as long as the kernels around a norm are vLLM's, which let nothing in early
-    if name in op_registry_oot:
-        return
-    base, ours = getattr(layernorm, name), getattr(layers, f"Invariant{name}")
-    base.register_oot(name=name)(ours)
-    ours.name = base.name  # by which the custom_ops switches +name and -name know it
+    register(getattr(layernorm, name), getattr(layers, f"Invariant{name}"))
 
 
 def _probe_ir_ops() -> str | None:
