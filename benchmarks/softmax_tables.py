@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tables import compared, title
+from tables import race
+
+SIZES = {"rows x width": "{0[rows]} x {0[width]}".format}
 
 
 def full(result: Mapping[str, Any]) -> str:
@@ -13,15 +15,7 @@ def full(result: Mapping[str, Any]) -> str:
     parts = []
     for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in result["rows"]):
         rows = [row for row in result["rows"] if (row["op"], row["dtype"]) == (op, dtype)]
-        names = list(dict.fromkeys(name for row in rows for name in row["times"]))
-        parts += [f"**`{op}`, {dtype}**", ""]
-        parts.append(f"| rows x width | floor | {' | '.join(map(title, names))} | best peer | ratio |")
-        parts.append("|---" * (len(names) + 4) + "|")
-        for row in rows:
-            shape = f"{row['rows']} x {row['width']}"
-            cells = [shape, f"{row['floor_us']:.2f}", *compared(row["times"], names)]
-            parts.append(f"| {' | '.join(cells)} |")
-        parts.append("")
+        parts += [f"**`{op}`, {dtype}**", "", *race(rows, SIZES), ""]
     return "\n".join(parts).rstrip()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -24,6 +24,17 @@ def best_peer(times: Mapping[str, Mapping[str, float]]) -> tuple[str, float] | N
     others = {name: figures["median_us"] for name, figures in times.items() if not name.startswith(OURS)}
     name = min(others, key=others.__getitem__, default=None)
     return None if name is None else (name, others[name])
+
+
+def race(rows: Sequence[Mapping[str, Any]], sizes: Mapping[str, Callable[[Any], Any]]) -> list[str]:
+    """The lines of a table: each row's sizes, by heading, its floor, every contender, and the best peer."""
+    names = list(dict.fromkeys(name for row in rows for name in row["times"]))
+    head = [*sizes, "floor", *map(title, names), "best peer", "ratio"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [*(str(size(row)) for size in sizes.values()), f"{row['floor_us']:.2f}", *compared(row["times"], names)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def compared(times: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> list[str]:
