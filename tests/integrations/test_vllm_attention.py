@@ -9,6 +9,7 @@ import torch
 
 from batchproof.integrations.vllm import hooks, log
 from batchproof.integrations.vllm.attention import NEUTRAL, attention_over_ours
+from batchproof.integrations.vllm.attention_hooks import triton_first
 from batchproof.integrations.vllm.hooks import HOOKS
 from batchproof.numerics import first_mismatch
 from batchproof.ops._quantize import quantize_static_fp8_reference
@@ -107,6 +108,35 @@ def test_what_is_asked_beyond_that_stays_vllms_and_the_log_says_so(call, attend,
     assert all(given[key] is call[key] for key in call)
 
 
+def priorities(use_mla, device_capability, num_heads=None, kv_cache_dtype=None, use_non_causal=False):
+    return [SimpleNamespace(name=name) for name in ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "first"),
+    [
+        ({}, "TRITON_ATTN"),
+        ({"kv_cache_dtype": "auto"}, "TRITON_ATTN"),
+        ({"kv_cache_dtype": "fp8"}, "FLASH_ATTN"),
+        ({"use_mla": True}, "FLASH_ATTN"),
+        ({"use_non_causal": True}, "FLASH_ATTN"),
+    ],
+    ids=str,
+)
+def test_the_triton_backend_is_tried_first_where_ours_is_for_a_layer(asked, first, monkeypatch):
+    utils = ModuleType("torch_utils")
+    utils.is_quantized_kv_cache = lambda dtype: dtype.startswith("fp8")
+    monkeypatch.setitem(sys.modules, "vllm.utils.torch_utils", utils)
+    for package in ("vllm", "vllm.utils"):
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    asked = {"use_mla": False, "device_capability": (9, 0)} | asked
+    found = [backend.name for backend in triton_first(priorities)(**asked)]
+    assert found[0] == first
+    others = [name for name in found if name != "TRITON_ATTN"]
+    assert others == ["FLASH_ATTN", "FLASHINFER", "FLEX_ATTENTION"], "in their order"
+    assert len(found) == 4
+
+
 def test_the_hook_notes_models_that_see_prompts_both_ways(call, monkeypatch, vllms):
     """A batch without such a prompt looks like any other: the model decides, not the batch."""
 
@@ -125,13 +155,19 @@ def test_the_hook_notes_models_that_see_prompts_both_ways(call, monkeypatch, vll
     backend = ModuleType("triton_attn")
     backend.unified_attention, backend.TritonAttentionMetadataBuilder = unified_attention, Builder
     monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.triton_attn", backend)
-    for package in ("vllm", "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backends"):
+    platform = ModuleType("cuda")
+    platform._get_backend_priorities = priorities
+    monkeypatch.setitem(sys.modules, "vllm.platforms.cuda", platform)
+    for package in ("vllm", "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backends", "vllm.platforms"):
         monkeypatch.setitem(sys.modules, package, ModuleType(package))
     assert HOOK.probe() is None
     HOOK.install()
     HOOK.install()
     assert backend.unified_attention.__wrapped__ is unified_attention
+    assert platform._get_backend_priorities.__wrapped__ is priorities
     assert HOOK.probe() is None
+    platform._get_backend_priorities = lambda use_mla: []
+    assert "_get_backend_priorities takes ['use_mla'], want" in HOOK.probe()
 
     def build(both_ways):
         config = SimpleNamespace(model_config=SimpleNamespace(is_mm_prefix_lm=both_ways))

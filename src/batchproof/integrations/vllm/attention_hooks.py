@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 from .oot import lacks, register, taken_by_another
 
-__all__ = ["install_attention", "install_rope", "probe_attention", "probe_rope"]
+__all__ = ["install_attention", "install_rope", "probe_attention", "probe_rope", "triton_first"]
 
 _ATTENTION = "vllm.v1.attention.backends.triton_attn"  # which calls unified_attention by its own name
 _ATTENDS = [
@@ -21,8 +22,14 @@ _ATTENDS = [
 ]  # fmt: skip
 
 
+_PLATFORM = (
+    "vllm.platforms.cuda"  # which tries backends in the order of _get_backend_priorities, unless one is asked for
+)
+_CHOOSES_BY = ["use_mla", "device_capability", "num_heads", "kv_cache_dtype", "use_non_causal"]
+
+
 def probe_attention() -> str | None:
-    """What is missing of the Triton backend; None if nothing."""
+    """What is missing of the Triton backend, or of how vLLM chooses it; None if nothing."""
     from .attention import NEUTRAL
 
     module = import_module(_ATTENTION)
@@ -35,12 +42,18 @@ def probe_attention() -> str | None:
     unknown = [name for name in (*NEUTRAL, "sinks", "output_scale") if name not in found]
     if unknown:
         return f"unified_attention has no {', '.join(unknown)}"
-    builder = inspect.signature(module.TritonAttentionMetadataBuilder.__init__).parameters
-    return None if "vllm_config" in builder else "its builder takes no vllm_config"
+    if "vllm_config" not in inspect.signature(module.TritonAttentionMetadataBuilder.__init__).parameters:
+        return "its builder takes no vllm_config"
+    platform = import_module(_PLATFORM)
+    absent = lacks(platform, "_get_backend_priorities")
+    if absent:
+        return absent
+    by = list(inspect.signature(platform._get_backend_priorities).parameters)
+    return None if by == _CHOOSES_BY else f"_get_backend_priorities takes {by}, want {_CHOOSES_BY}"
 
 
 def install_attention() -> None:
-    """Ours under the Triton backend's ``unified_attention``."""
+    """Ours under the Triton backend's ``unified_attention``, and that backend before others where none is asked for."""
     from .attention import attention_over_ours
 
     module: Any = import_module(_ATTENTION)
@@ -58,6 +71,26 @@ def install_attention() -> None:
 
     builder.__init__ = note_and_build
     module.unified_attention = attention_over_ours(module.unified_attention, lambda: not any(prefixes))
+    platform: Any = import_module(_PLATFORM)
+    platform._get_backend_priorities = triton_first(platform._get_backend_priorities)
+
+
+def triton_first(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """vLLM's order of attention backends, with Triton's first where our attention is for a layer."""
+
+    @functools.wraps(original)
+    def priorities(*arguments: Any, **named: Any) -> list[Any]:
+        from vllm.utils.torch_utils import is_quantized_kv_cache
+
+        bound = inspect.signature(original).bind(*arguments, **named)
+        bound.apply_defaults()
+        asked = bound.arguments
+        cache, backends = asked["kv_cache_dtype"], original(*arguments, **named)
+        if asked["use_mla"] or asked["use_non_causal"] or (cache is not None and is_quantized_kv_cache(cache)):
+            return backends
+        return sorted(backends, key=lambda backend: backend.name != "TRITON_ATTN")  # the others as they were
+
+    return priorities
 
 
 def _rotary_classes() -> list[Any]:
