@@ -233,6 +233,8 @@ CONFIGURATIONS = {
     "graphs": "CUDA graphs",
     "chunked": "CUDA graphs, prompts in chunks of 512, prefix caching",
     "eager": "eager",
+    "default flags": "CUDA graphs, default flags",
+    "preempted": "CUDA graphs, a cache of 3840 tokens, from which requests are preempted",
 }
 
 

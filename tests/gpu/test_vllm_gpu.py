@@ -35,6 +35,13 @@ def test_stock_answers_do_change_so_the_comparison_can_fail(rows):
     assert sum(row["greedy_differ"] for row in rows["rows"] if row["side"] == "stock") > 0
 
 
+def test_requests_were_preempted(rows):
+    """Else the run that is to show that this changes nothing would show nothing."""
+    found = {row["side"]: row["preemptions"] for row in rows["rows"] if row["configuration"] == "preempted"}
+    assert set(found) == {"stock", "batchproof"}
+    assert min(found.values()) > 0
+
+
 def test_prompts_in_chunks_give_the_bits_of_whole_ones(rows):
     ours = [row for row in rows["chunked_against_whole"] if row["side"] == "batchproof"]
     assert ours

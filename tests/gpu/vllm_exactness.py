@@ -105,6 +105,10 @@ class Engine:
         )
         return answer_of(outputs[at])
 
+    def preemptions(self) -> int:
+        """How often a request was driven out of the cache, by vLLM's count."""
+        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
 
 def comparisons(engine: Engine, prompt: list[int], reference: Answer, caching: bool) -> Iterator[dict[str, Any]]:
     """The request again, and in every company, each compared with the reference."""
@@ -158,6 +162,8 @@ def main() -> None:
     import vllm
 
     result = {"vllm": vllm.__version__, "comparisons": found, "references": references}
+    if job["engine"].get("disable_log_stats") is False:
+        result["preemptions"] = engine.preemptions()
     partial = out.with_suffix(".partial")
     partial.write_text(json.dumps(result))
     os.replace(partial, out)

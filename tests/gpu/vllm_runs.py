@@ -44,7 +44,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "graphs": {},
     "chunked": {"enable_prefix_caching": True, "max_num_batched_tokens": 512},
     "eager": {"enforce_eager": True},
+    "default flags": {"attention_backend": None, "compilation_config": None},
+    # Room for 240 pages of 16 tokens: of 300 neighbours few run at once, and those that grow drive others out
+    "preempted": {"num_gpu_blocks_override": 240, "disable_log_stats": False},
 }
+_LLAMAS = ("llama fp8", "llama bf16")
+MODELS_OF = {"graphs": tuple(MODELS), "chunked": _LLAMAS, "eager": _LLAMAS, "default flags": _LLAMAS[:1]}
+MODELS_OF |= {"preempted": _LLAMAS[1:]}
 
 
 class Job(NamedTuple):
@@ -58,9 +64,8 @@ class Job(NamedTuple):
 JOBS = tuple(
     Job(side, model, configuration)
     for configuration in CONFIGURATIONS
-    for model in MODELS
+    for model in MODELS_OF[configuration]
     for side in SIDES
-    if configuration == "graphs" or model.startswith("llama")
 )
 
 
@@ -130,7 +135,7 @@ def summarise(results: Mapping[Job, Mapping[str, Any]]) -> dict[str, Any]:
 
     rows = []
     for job, result in results.items():
-        row: dict[str, Any] = job._asdict() | {"error": result.get("error")}
+        row: dict[str, Any] = job._asdict() | {"error": result.get("error"), "preemptions": result.get("preemptions")}
         for kind in ("greedy", "seeded"):
             found = [c for c in result.get("comparisons", ()) if c["kind"] == kind]
             row |= {f"{kind}_comparisons": len(found), f"{kind}_differ": sum(not c["equal"] for c in found)}
