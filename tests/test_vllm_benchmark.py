@@ -263,6 +263,16 @@ def test_the_latency_table_leaves_lm_head_out_of_its_last_column(bench):
     assert bench.tables.latency_rows(result).splitlines()[2].endswith(f"| 1000 | {expected:.3f} |")
 
 
+def test_the_throughput_table_has_tokens_a_second_and_the_share_of_the_default(bench):
+    result = synthetic()
+    result["rows"] = [row | {"variant": "e"} if row["variant"] == "b" else row for row in result["rows"]]
+    lines = bench.tables.throughput_table(result).splitlines()
+    tokens = result["batch"] * result["output_tokens"]
+    assert lines[2] == f"| before the change | original | 0.500 | {tokens / 0.5:.0f} | 0.800 |"
+    assert lines[3].endswith(f"| original | 0.400 | {tokens / 0.4:.0f} | 1.000 |")
+    assert "`benchmarks/results/h200/vllm_throughput.json`" in lines[-1]
+
+
 def test_runs_under_different_flags_are_joined(bench):
     one, other = synthetic(), synthetic() | {"flags": {"other": ["-x"]}, "rounds": 1}
     joined = bench.tables.joined([one, other])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import ShapeError
+from ._row_tree import AT_ONCE, LATER
 from ._rows import readable, row_strides, writable
 from ._triton import device_guard, tl, triton
 
@@ -223,7 +224,7 @@ def has_dependent_launch(device: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-_dependent_launch = 1
+_dependent_launch = LATER.value
 
 
 def use_dependent_launch(use: bool, at_once: bool = False) -> None:
@@ -236,7 +237,7 @@ def use_dependent_launch(use: bool, at_once: bool = False) -> None:
     pays where products read weights ahead: the next one's may then be read while the last one still runs.
     """
     global _dependent_launch
-    _dependent_launch = (2 if at_once else 1) if use else 0
+    _dependent_launch = (AT_ONCE.value if at_once else LATER.value) if use else 0
 
 
 def dependent_launch(device: int) -> int:
@@ -246,7 +247,7 @@ def dependent_launch(device: int) -> int:
 
 def launch_options(like: torch.Tensor, at_once: bool = True) -> dict[str, Any]:
     """What a kernel with a constant PDL is launched with, where ``like`` is; ``at_once``: whether it may let in so."""
-    pdl = min(dependent_launch(like.get_device()), 2 if at_once else 1) if like.is_cuda else 0
+    pdl = min(dependent_launch(like.get_device()), AT_ONCE.value if at_once else LATER.value) if like.is_cuda else 0
     return {"PDL": pdl, "enable_fp_fusion": False, **({"launch_pdl": True} if pdl else {})}
 
 

@@ -19,6 +19,8 @@ from __future__ import annotations
 from ._triton import tl, triton
 
 __all__ = [
+    "AT_ONCE",
+    "LATER",
     "along_rows",
     "chunk_of",
     "launch_dependents",
@@ -34,13 +36,13 @@ __all__ = [
 ]
 
 # What kernels are told in PDL, beside 0: when the next kernel's programs are let in
-_LATER, _AT_ONCE = tl.constexpr(1), tl.constexpr(2)
+LATER, AT_ONCE = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
     """Until the kernels before this one are complete. Nothing is read or written before, not even weights."""
-    if PDL == _AT_ONCE:
+    if PDL == AT_ONCE:
         tl.extra.cuda.gdc_launch_dependents()
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -49,7 +51,7 @@ def wait_for_inputs(PDL: tl.constexpr):
 @triton.jit
 def launch_dependents(PDL: tl.constexpr):
     """Let the next kernel's programs take their places; they wait for this kernel's end before they read."""
-    if PDL == _LATER:
+    if PDL == LATER:
         tl.extra.cuda.gdc_launch_dependents()
 
 

@@ -20,11 +20,7 @@ _ATTENDS = [
     "q", "k", "v", "out", "cu_seqlens_q", "max_seqlen_q", "seqused_k", "max_seqlen_k", "softmax_scale", "causal",
     "window_size", "block_table", "softcap",
 ]  # fmt: skip
-
-
-_PLATFORM = (
-    "vllm.platforms.cuda"  # which tries backends in the order of _get_backend_priorities, unless one is asked for
-)
+_PLATFORM = "vllm.platforms.cuda"  # which tries backends by _get_backend_priorities, unless one is asked for
 _CHOOSES_BY = ["use_mla", "device_capability", "num_heads", "kv_cache_dtype", "use_non_causal"]
 
 
