@@ -47,19 +47,19 @@ VARIANTS = {
     "c": "batchproof norms",
     "d": "batchproof norms, fused quantisation",
     "f": "batchproof norms and products",
-    "g": "batchproof norms, products and attention",
+    "g": "batchproof",
     "e": "vLLM default (varies)",
 }
 _OURS = {"VLLM_BATCH_INVARIANT": "1", "VLLM_PLUGINS": "batchproof", "BATCHPROOF_STRICT": "1"}
-_NORMS = _OURS | {"BATCHPROOF_LINEAR": "0"}
-_PRODUCTS = _OURS | {"BATCHPROOF_FUSE_NORM_QUANT": "1", "BATCHPROOF_LINEAR": "1"}
+_NORMS = _OURS | {"BATCHPROOF_LINEAR": "0", "BATCHPROOF_ATTENTION": "0", "BATCHPROOF_SAMPLER": "0"}
+_PRODUCTS = _NORMS | {"BATCHPROOF_FUSE_NORM_QUANT": "1", "BATCHPROOF_LINEAR": "1"}
 ENVIRONMENTS = {
     "a": {"VLLM_BATCH_INVARIANT": "1", "VLLM_PLUGINS": UNFUSED},
     "b": {"VLLM_BATCH_INVARIANT": "1", "VLLM_PLUGINS": ""},
     "c": _NORMS | {"BATCHPROOF_FUSE_NORM_QUANT": "0"},
     "d": _NORMS | {"BATCHPROOF_FUSE_NORM_QUANT": "1"},
-    "f": _PRODUCTS | {"BATCHPROOF_ATTENTION": "0", "BATCHPROOF_FUSE_ACTIVATION_QUANT": "0"},
-    "g": _PRODUCTS | {"BATCHPROOF_ATTENTION": "1", "BATCHPROOF_FUSE_ACTIVATION_QUANT": "1"},
+    "f": _PRODUCTS | {"BATCHPROOF_FUSE_ACTIVATION_QUANT": "0"},
+    "g": _OURS,
     "e": {"VLLM_BATCH_INVARIANT": "0", "VLLM_PLUGINS": ""},
 }
 FLAGS = {

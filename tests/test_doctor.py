@@ -11,11 +11,11 @@ from batchproof.integrations.vllm import Hook
 from batchproof.integrations.vllm.coverage import COVERAGE, NOTHING
 
 LINEAR = ("linear", "fp8_linear", "fp8_block_linear")
-NAMES = ("rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "softmax", *LINEAR, "attention", "rope")
+NAMES = ("rms_norm", "gemma_rms_norm", "ir_ops", "graph_passes", "softmax", *LINEAR, "attention", "rope", "sampler")
 VARIABLES = (
     "VLLM_BATCH_INVARIANT", "BATCHPROOF_STRICT", "BATCHPROOF_FUSE_NORM_QUANT", "BATCHPROOF_LINEAR",
     "BATCHPROOF_FUSE_ACTIVATION_QUANT",
-    "BATCHPROOF_ATTENTION", "VLLM_USE_FLASHINFER_SAMPLER",
+    "BATCHPROOF_ATTENTION", "BATCHPROOF_SAMPLER", "VLLM_USE_FLASHINFER_SAMPLER",
 )  # fmt: skip
 SWITCHES = dict.fromkeys(LINEAR, "BATCHPROOF_LINEAR") | dict.fromkeys(("attention", "rope"), "BATCHPROOF_ATTENTION")
 ALL_ASKED = dict.fromkeys(("VLLM_BATCH_INVARIANT", *SWITCHES.values()), "1")

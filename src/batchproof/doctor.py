@@ -39,8 +39,13 @@ _VARIABLES = (
         None,
         "1: vLLM's Triton attention and rope are batchproof's; 0: vLLM's own; unset: 1 on Hopper, 0 elsewhere",
     ),
+    (
+        "BATCHPROOF_SAMPLER",
+        "1",
+        "1: vLLM's sampler, of its model runner V2, is batchproof's; 0: vLLM's own",
+    ),
     (_ALLOWED, None, "the plug-ins that vLLM may load, with commas between; unset: all"),
-    ("VLLM_USE_FLASHINFER_SAMPLER", "1", "0: vLLM samples without FlashInfer, whose logprobs depend on the batch"),
+    ("VLLM_USE_FLASHINFER_SAMPLER", "1", "0: vLLM's own sampler does without FlashInfer, whose bits follow the batch"),
 )
 _WIDTHS = (26, 40, 50)  # of the table's columns, in characters: a line of 120
 

@@ -31,6 +31,7 @@ def hooks(monkeypatch):
         Hook("absent", "what is not", lambda: "Engine has no socket", lambda: installed.append("absent")),
         Hook("off", "who asks", lambda: None, lambda: installed.append("off"), switch="BATCHPROOF_LINEAR"),
         Hook("too", "who else asks", lambda: None, lambda: installed.append("too"), switch="BATCHPROOF_ATTENTION"),
+        Hook("three", "who else", lambda: None, lambda: installed.append("three"), switch="BATCHPROOF_SAMPLER"),
     )
     monkeypatch.setattr(plugin, "HOOKS", fakes)
     monkeypatch.setattr(plugin, "_done", False)
@@ -89,6 +90,7 @@ def test_a_hook_that_fails_while_it_is_installed_is_missing(hooks, monkeypatch, 
         "BATCHPROOF_FUSE_ACTIVATION_QUANT",
         "BATCHPROOF_LINEAR",
         "BATCHPROOF_ATTENTION",
+        "BATCHPROOF_SAMPLER",
     ],
 )
 def test_a_malformed_variable_stops_the_start(hooks, monkeypatch, variable):
@@ -258,6 +260,7 @@ def test_without_vllm_every_hook_says_what_is_missing():
         "fp8_block_linear",
         "attention",
         "rope",
+        "sampler",
     }
     for hook in HOOKS:
         assert "No module named 'vllm'" in hook.missing()

@@ -9,6 +9,8 @@ from torch.library import opcheck
 from batchproof.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
 from batchproof.numerics import bits_equal, first_mismatch
 from batchproof.ops import sample as module
+from batchproof.ops._gumbel import noise_block, random_words_block
+from batchproof.ops._gumbel_max import launch_best_of_requests
 from batchproof.ops._triton import tl, triton
 from batchproof.ops.sample import (
     argmax,
@@ -19,11 +21,9 @@ from batchproof.ops.sample import (
     gumbel_noise_reference,
     launch_best,
     launch_noise,
-    noise_block,
     noise_of_words,
     philox4x32,
     random_words,
-    random_words_block,
     sample,
     sample_reference,
 )
@@ -222,6 +222,21 @@ def test_tokens_do_not_depend_on_the_batch(device, generator, dtype):
 def test_tokens_of_the_kernels_do_not_depend_on_the_batch(device, generator):
     inputs = with_hostile_rows(mixed(33, 2100, device, generator, torch.float16))
     assert invariance_failure(inputs, generator, module._sample_cuda) is None
+
+
+@pytest.mark.parametrize("length", [torch.int32, torch.int64])
+def test_parameters_may_be_in_tables_of_requests(device, generator, length):
+    inputs = with_hostile_rows(mixed(33, 2100, device, generator))
+    del inputs["top_k"], inputs["top_p"], inputs["min_p"]
+    inputs["positions"] %= 2**31
+    wanted = sample(**inputs)
+    request = torch.randperm(64, generator=generator, device=device)[:33].to(length)
+    tables = {name: torch.full((64,), -7, dtype=inputs[name].dtype, device=device) for name in ("seeds", "temperature")}
+    for name, table in tables.items():
+        table[request.long()] = inputs[name]
+    positions = torch.cat([inputs["positions"], request.long()]).to(length)  # longer, as for a padded batch
+    found = launch_best_of_requests(inputs["logits"], positions=positions, requests=request, **tables)
+    assert torch.equal(found, wanted)
 
 
 def test_the_check_catches_noise_that_is_keyed_by_row(device, generator):

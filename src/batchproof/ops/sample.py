@@ -28,21 +28,11 @@ import torch
 from torch import Tensor
 
 from ..registry import Inputs, OpSpec, register_spec
-from ._gumbel import (
-    BLOCK,
-    NUM_WARPS,
-    launch_noise,
-    noise_block,
-    noise_of_words,
-    philox4x32,
-    random_words,
-    random_words_block,
-    survival,
-)
+from ._gumbel import launch_noise, noise_of_words, philox4x32, random_words, survival
+from ._gumbel_max import launch_best
 from ._library import register_op, require_no_grad
 from ._sample_checks import check_sampling, validate_argmax, validate_noise, validate_sample
 from ._sample_filters import filter_logits, scaled
-from ._triton import device_guard, tl, triton
 
 __all__ = [
     "argmax",
@@ -95,85 +85,6 @@ def sample_reference(
         kept = ranked.sort().values
         tokens[row] = kept[argmax_reference((x + noise[row])[kept].unsqueeze(0))].squeeze(0)
     return tokens
-
-
-@triton.jit(do_not_specialize=["row_stride", "vocab_size"])
-def _block_best_kernel(
-    x_ptr, seeds_ptr, positions_ptr, temperature_ptr, keys_ptr,
-    row_stride: tl.int64, vocab_size: tl.int64,
-    BLOCK: tl.constexpr, SAMPLE: tl.constexpr,
-):  # fmt: skip
-    """The best of one row's BLOCK columns as an int64 that orders by value, then by lower index."""
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BLOCK
-    columns = first + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * row_stride + columns, mask=columns < vocab_size, other=float("-inf")).to(tl.float32)
-    if SAMPLE:
-        temperature = tl.load(temperature_ptr + row)
-        if temperature > 0.0:
-            words = random_words_block(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), first, BLOCK)
-            x = tl.div_rn(x, tl.zeros_like(x) + temperature) + noise_block(words)
-    x = tl.where(x != x, float("-inf"), x)
-    x = tl.where(x == 0.0, 0.0, x)  # -0 ties with +0
-    bits = x.to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    # columns past the vocabulary are -inf with a higher index than any other
-    best = tl.max((ordered << 32) | (0x7FFFFFFF - columns).to(tl.int64), axis=0)
-    tl.store(keys_ptr + row * tl.num_programs(1) + tl.program_id(1), best)
-
-
-@triton.jit(do_not_specialize=["num_blocks"])
-def _row_best_kernel(
-    keys_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, out_ptr, num_blocks: tl.int64,
-    BLOCK: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr,
-    HAS_MIN_P: tl.constexpr,
-):  # fmt: skip
-    """The index of the row's best block maximum; -1 where a parameter is out of range."""
-    row = tl.program_id(0).to(tl.int64)
-    blocks = tl.arange(0, BLOCK)
-    # past the end the last block is read again, which does not change a maximum
-    keys = tl.load(keys_ptr + row * num_blocks + tl.minimum(blocks, num_blocks - 1))
-    index = 0x7FFFFFFF - (tl.max(keys, axis=0) & 0xFFFFFFFF)
-    valid = index >= 0
-    if HAS_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row)
-        valid = valid & (temperature >= 0.0) & (temperature < float("inf"))
-    if HAS_TOP_K:
-        valid = valid & (tl.load(top_k_ptr + row) >= 0)
-    if HAS_TOP_P:
-        top_p = tl.load(top_p_ptr + row)
-        valid = valid & (top_p > 0.0) & (top_p <= 1.0)
-    if HAS_MIN_P:
-        min_p = tl.load(min_p_ptr + row)
-        valid = valid & (min_p >= 0.0) & (min_p <= 1.0)
-    tl.store(out_ptr + row, tl.where(valid, index, -1))
-
-
-def launch_best(x: Tensor, *rows: Tensor | None) -> Tensor:
-    """Argmax of ``x``; or given seeds, positions, temperature, top_k, top_p and min_p, Gumbel-max.
-
-    The filters have been applied to ``x`` already; here they are only checked for being in range.
-    """
-    num_tokens, vocab_size = x.shape
-    out = x.new_empty(num_tokens, dtype=torch.int64)
-    if num_tokens == 0:
-        return out
-    x = x if x.stride(1) == 1 else x.contiguous()
-    num_blocks = triton.cdiv(vocab_size, BLOCK)
-    keys = x.new_empty(num_tokens, num_blocks, dtype=torch.int64)
-    given = (None if t is None else t.contiguous() for t in rows or (None,) * 6)
-    seeds, positions, temperature, top_k, top_p, min_p = given
-    with device_guard(x):
-        _block_best_kernel[(num_tokens, num_blocks)](
-            x, seeds, positions, temperature, keys, x.stride(0), vocab_size,
-            BLOCK=BLOCK, SAMPLE=temperature is not None, num_warps=NUM_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
-        _row_best_kernel[(num_tokens,)](
-            keys, temperature, top_k, top_p, min_p, out, num_blocks,
-            BLOCK=triton.next_power_of_2(num_blocks), HAS_TEMPERATURE=temperature is not None,
-            HAS_TOP_K=top_k is not None, HAS_TOP_P=top_p is not None, HAS_MIN_P=min_p is not None, num_warps=1,
-        )  # fmt: skip
-    return out
 
 
 def _gumbel_noise_cpu(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

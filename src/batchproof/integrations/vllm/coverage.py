@@ -105,10 +105,17 @@ COVERAGE: tuple[Coverage, ...] = (
     ),
     Coverage("log_softmax, mean", None, "its aten overrides, in Triton", NOTHING),
     Coverage(
+        "sampler, model runner V2",
         "sampler",
+        "FlashInfer's or its own for top-k and top-p; Gumbel noise by (seed, position)",
+        "FlashInfer's alters logprobs at 44 to 45 sequences (vLLM 51187); its own for top-k and top-p is another "
+        "algorithm below 8 rows",
+    ),
+    Coverage(
+        "sampler, model runner V1; with drafted tokens",
         None,
         "FlashInfer's for top-k and top-p; its own with VLLM_USE_FLASHINFER_SAMPLER=0",
-        "FlashInfer's alters logprobs at 44 to 45 sequences (vLLM 51187)",
+        "the same; requests without a seed share a generator in V1",
     ),
     Coverage(
         "all-reduce",

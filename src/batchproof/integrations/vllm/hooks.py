@@ -296,6 +296,18 @@ def _install_graph_passes() -> None:
     _wrap_classmethod(type(current_platform), "get_pass_manager_cls", lambda original, cls: _PASS_MANAGER)
 
 
+def _probe_sampler() -> str | None:
+    from .sampler import probe_sampler
+
+    return probe_sampler()
+
+
+def _install_sampler() -> None:
+    from .sampler import install_sampler
+
+    install_sampler()
+
+
 def _wrap_classmethod(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Replace a class method by ``wrapper(original, cls, *args)``; once."""
     original = getattr(owner, name)
@@ -369,5 +381,13 @@ HOOKS = (
         attention_hooks.install_rope,
         switch="BATCHPROOF_ATTENTION",
         default=_on_hopper,
+    ),
+    Hook(
+        "sampler",
+        "sampling in the model runner V2, by (seed, position), with top-k, top-p and min-p",
+        _probe_sampler,
+        _install_sampler,
+        switch="BATCHPROOF_SAMPLER",
+        default=lambda: "1",
     ),
 )
