@@ -20,6 +20,7 @@ from batchproof.ops.sample import (
     gumbel_noise,
     gumbel_noise_reference,
     launch_best,
+    launch_filter,
     launch_noise,
     noise_of_words,
     philox4x32,
@@ -297,10 +298,11 @@ def test_frequencies_follow_softmax(device, temperature, top_k, top_p, min_p):
 
 
 def kept_by(device, row, top_k=0, top_p=1.0, temperature=1.0, min_p=0.0):
-    """The indices that the filters leave of one row."""
+    """The indices that the filters leave of one row, by the kernel and by the device's implementation alike."""
     logits = torch.tensor([row], device=device)
     temperature, top_p, min_p = (rows(device, value, dtype=torch.float32) for value in (temperature, top_p, min_p))
     out = filter_logits(logits, temperature, rows(device, top_k), top_p, min_p)
+    assert bits_equal(launch_filter(logits, temperature, rows(device, top_k), top_p, min_p), out)
     if top_k == 0 and top_p == 1.0:  # min_p alone, without a sort
         assert bits_equal(filter_logits(logits, temperature, None, None, min_p), out)
     return (out[0] > -INF).nonzero().flatten().tolist()
@@ -379,6 +381,7 @@ def test_min_p_alone_sorts_nothing_and_equals_itself_with_the_sort(device, gener
     monkeypatch.setattr(torch.Tensor, "sort", None, raising=False)
     assert torch.equal(sample(**inputs), wanted)
     assert torch.equal(module._sample_cuda(**inputs, top_k=None, top_p=None), wanted)
+    assert torch.equal(module._sample_cuda(**inputs, top_k=every, top_p=one), wanted)  # the kernel never sorts
 
 
 def test_filters_leave_alone_the_rows_that_ask_for_nothing(device, generator):
@@ -386,9 +389,9 @@ def test_filters_leave_alone_the_rows_that_ask_for_nothing(device, generator):
     del inputs["seeds"], inputs["positions"]
     inputs["temperature"][:4], inputs["top_k"][4:], inputs["top_p"][4:], inputs["min_p"][4:] = 0.0, 0, 1.0, 0.0
     for asked in (inputs, {**inputs, "top_k": None, "top_p": None}, {**inputs, "min_p": None}):
-        kept = filter_logits(**asked)
-        assert bits_equal(kept[4:], inputs["logits"][4:])
-        assert bits_equal(kept[:4], inputs["logits"][:4])  # greedy rows need no filter
+        for kept in (filter_logits(**asked), launch_filter(**asked)):
+            assert bits_equal(kept[4:], inputs["logits"][4:])
+            assert bits_equal(kept[:4], inputs["logits"][:4])  # greedy rows need no filter
 
 
 def test_asking_for_all_by_any_name_is_the_same_and_sorts_nothing(device, generator, monkeypatch):
@@ -401,6 +404,7 @@ def test_asking_for_all_by_any_name_is_the_same_and_sorts_nothing(device, genera
     assert torch.equal(sample(**inputs, top_p=one), wanted)
     assert torch.equal(sample(**inputs, min_p=zero.float()), wanted)
     monkeypatch.delattr(module, "filter_logits")
+    monkeypatch.delattr(module, "launch_filter")
     assert torch.equal(sample(**inputs), wanted)
     on_cpu = {name: value.cpu() for name, value in inputs.items()}  # where the values can be looked at
     assert torch.equal(sample(**on_cpu, top_k=zero.cpu(), top_p=one.cpu(), min_p=zero.cpu().float()), sample(**on_cpu))
@@ -438,6 +442,7 @@ def test_empty_batch(device):
     assert argmax(logits).shape == sample(logits, none, none, floats, none, floats, floats).shape == (0,)
     assert gumbel_noise(none, none, 10).shape == (0, 10)
     assert launch_best(logits).shape == (0,)
+    assert launch_filter(logits, floats, none, floats, floats).shape == (0, 10)
     assert launch_noise(none, none, 10).shape == (0, 10)
 
 

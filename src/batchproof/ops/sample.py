@@ -10,12 +10,12 @@ to share with anyone. With v = (r + 1/2) / 2**32 rounded to fp32 and at most 1 -
 chosen for a large noise, which is a u near 1, and v keeps 33 bits there where a u in fp32 would keep 24. With 24, the
 largest noises over a vocabulary of 128k would tie once in a hundred rows.
 
-Invariance: nothing floating is summed but in the softmax of top-p, which is ours. Philox is integers; noise, scaling
-and noise added are elementwise, without FMA; a maximum under "larger value, then lower index" is the same in any
-order, so a row may be cut among programs in any way; a stable sort has one answer; min-p compares with a threshold that
-its row alone decides; and top-p adds probabilities in int64 fixed point, where a cumulative sum is exact. Filters act
-within a row, so whether a neighbour asks for one, or none does and the sort is not done, changes nothing. On the CPU
-the logarithms are ``_exact``'s; CPU and GPU share the random integers, and their noise agrees to a few ulp.
+Invariance: nothing floating is summed. Philox is integers; noise, scaling, noise added and the weights of top-p are
+elementwise, without FMA; a maximum under "larger value, then lower index" is the same in any order, so a row may be cut
+among programs in any way; min-p compares with a threshold that its row alone decides; and top-k and top-p compare sums
+of counts and of int64 weights, which are exact: the GPU's search and the CPU's stable sort have one answer. Filters act
+within a row, so whether a neighbour asks for one changes nothing. On the CPU exp and the logarithms are ``_exact``'s;
+CPU and GPU share the random integers, and their noise and weights agree to a few ulp.
 
 Source: Salmon, Moraes, Dror, Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011 (Philox, checked against the
 known answers of Random123); Gumbel, 1954, for the maximum; Holtzman et al., 2020, for top-p; Nguyen et al., 2024, for
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..registry import Inputs, OpSpec, register_spec
+from ._filter_kernel import launch_filter
 from ._gumbel import launch_noise, noise_of_words, philox4x32, random_words, survival
 from ._gumbel_max import launch_best
 from ._library import register_op, require_no_grad
@@ -160,7 +161,7 @@ def _sample_cuda(
 ) -> Tensor:
     validate_sample(logits, seeds, positions, temperature, top_k, top_p, min_p)
     if logits.shape[0] and any(t is not None for t in (top_k, top_p, min_p)):
-        logits = filter_logits(logits, temperature, top_k, top_p, min_p)
+        logits = launch_filter(logits, temperature, top_k, top_p, min_p)
     return launch_best(logits, seeds, positions, temperature, top_k, top_p, min_p)
 
 
@@ -243,12 +244,13 @@ def sample(
         top_k: int64 [num_tokens], how many of the largest are kept, of equal ones the lowest indices; 0 keeps all.
             None if no row wants it.
         top_p: fp32 [num_tokens] in (0, 1]: the shortest run of the ranking whose probability, among what top_k left,
-            is at least this; 1 keeps all. None if no row wants it.
+            is at least this, counted in multiples of 2**-40 of the largest probability; 1 keeps all. None if no row
+            wants it.
         min_p: fp32 [num_tokens] in [0, 1]: kept is what has at least this share of the largest probability, before
             the other filters; 0 keeps all, 1 the largest and its equals. None if no row wants it.
 
     Returns:
-        int64 [num_tokens]; 0 for a row of nothing but -inf and NaN. With top_k and top_p None nothing is sorted.
+        int64 [num_tokens]; 0 for a row of nothing but -inf and NaN.
 
     Invariance: a row's token depends on its own row of each argument alone; see the module docstring.
 
