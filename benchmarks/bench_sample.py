@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ ASKS = {
 ROWS = (1, 7, 8, 64, 256)
 WIDTHS = (128256,)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PEERS = ("torch", "vLLM", "FlashInfer")
 ROUNDS = 10
 LEFT = 0.02  # of a peer's tokens that ours removes, at most: libraries round probabilities differently
 ENOUGH = 256  # tokens of a peer that are looked at
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--widths", default=list(WIDTHS), help="sizes of vocabularies", **several)
     parser.add_argument("--rows", default=list(ROWS), help="rows of a batch", **several)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], metavar="DTYPE")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER", help=", ".join(PEERS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
 
 
@@ -81,7 +83,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         copy_gbps = timing.copy_gbps()
         cases = [(dtype, width, ask) for dtype in options.dtypes for width in options.widths for ask in options.asks]
         for dtype, width, ask in tqdm(cases, "race", unit="ask"):
-            peers, missing = contenders(ask)
+            peers, missing = contenders(ask, options.peers)
             _gate(dtype, width, ask, max(options.rows), generator)
             for count in options.rows:
                 rows.append(_race(dtype, width, ask, count, peers, missing, copy_gbps, options.rounds, generator))
@@ -95,9 +97,10 @@ def _ours(batch: Batch) -> torch.Tensor:
     return batchproof.sample(*batch)
 
 
-def contenders(ask: str) -> tuple[dict[str, Draw], dict[str, str]]:
-    """The peers, and why those that are missing are."""
-    return load({"torch": lambda: _torch, "vLLM": _vllm, "FlashInfer": partial(_flashinfer, ASKS[ask])})
+def contenders(ask: str, names: Sequence[str] = PEERS) -> tuple[dict[str, Draw], dict[str, str]]:
+    """The peers of these names, and why those that are missing are."""
+    loaders = {"torch": lambda: _torch, "vLLM": _vllm, "FlashInfer": partial(_flashinfer, ASKS[ask])}
+    return load({name: loaders[name] for name in names})
 
 
 def _torch(batch: Batch) -> torch.Tensor:

@@ -134,7 +134,7 @@ def pages() -> dict[Path, Blocks]:
         blocks["norms h200"] = norms_summary
     blocks["linear h200"] = lambda: linear_tables.summary([load(path) for path in LINEAR], LINEAR)
     latency = vllm_tables.joined([load(path) for path in vllm_tables.PATHS])
-    exactness = load(vllm_tables.EXACTNESS)
+    exactness, h100 = load(vllm_tables.EXACTNESS), load(vllm_tables.H100)
     blocks["vllm latency h200"] = lambda: vllm_tables.latency_table(latency)
     blocks["vllm exactness"] = lambda: vllm_tables.exactness_table(exactness)
     vllm = {
@@ -142,6 +142,8 @@ def pages() -> dict[Path, Blocks]:
         "vllm exactness": lambda: vllm_tables.exactness_table(exactness, every=True),
         "vllm kernels h200": lambda: vllm_tables.kernels_table(latency),
         "vllm step": lambda: vllm_tables.step_table(latency),
+        "vllm latency h100": lambda: vllm_tables.latency_rows(h100),
+        "vllm step h100": lambda: vllm_tables.step_table(h100, [vllm_tables.H100], "### The same on an H100"),
     }
     audited = load(audit_tables.PATH)
     blocks["what varies summary h200"] = lambda: audit_tables.summary(audited)

@@ -8,6 +8,7 @@ from typing import Any
 
 PATH = "h200/vllm_latency.json"
 PATHS = (PATH, "h200/vllm_latency_default.json")  # one run for each set of flags
+H100 = "h100/vllm_latency.json"
 THROUGHPUT = "h200/vllm_throughput.json"
 EXACTNESS = "h100/vllm_exactness.json"
 # The first kind whose pattern is in a kernel's name is the kernel's kind.
@@ -143,7 +144,9 @@ def kernels_rows(result: Result) -> str:
     return "\n".join(lines)
 
 
-def step_table(result: Result, paths: Sequence[str] = PATHS) -> str:
+def step_table(
+    result: Result, paths: Sequence[str] = PATHS, heading: str = "### A decode step, kernel by kernel"
+) -> str:  # fmt: skip
     """A decode step, kernel by kernel, with its plot and caption; nothing where no step was read from a trace."""
     if not step_entries(result):
         return ""
@@ -159,7 +162,7 @@ def step_table(result: Result, paths: Sequence[str] = PATHS) -> str:
         f"({_files(paths)})."
     )
     picture = f"vllm_step_{paths[0].split('/')[0]}.png"
-    return f"### A decode step, kernel by kernel\n\n![A decode step]({picture})\n\n{step_rows(result)}\n\n{caption}"
+    return f"{heading}\n\n![A decode step]({picture})\n\n{step_rows(result)}\n\n{caption}"
 
 
 def step_rows(result: Result) -> str:
@@ -245,18 +248,29 @@ def exactness_table(result: Result, every: bool = False, path: str = EXACTNESS) 
     lines = [f"| model | run | {names} |", "|---|---|---|---|"]
     for model, configuration in dict.fromkeys((model, configuration) for model, configuration, _ in found):
         cells = [_changed(found.get((model, configuration, side)), "greedy") for side in SIDES]
-        lines.append(f"| {model} | {CONFIGURATIONS[configuration]} | {' | '.join(cells)} |")
+        preempted = [found.get((model, configuration, side), {}).get("preemptions") for side in SIDES]
+        times = f" ({' and '.join(str(count) for count in preempted if count)} times)" if any(preempted) else ""
+        lines.append(f"| {model} | {CONFIGURATIONS[configuration]}{times} | {' | '.join(cells)} |")
     lines += [
         "",
         "A request alone against the same request in company: 3, 40 and 300 neighbours, at first, middle and last "
         "place, prefill past 256 tokens, long neighbours, cached prefixes; prompts of 40, 300 and 700 tokens, 12 "
         "greedy tokens; token ids, the 20 best logprobs and the prompt's compared to the bit. 4 layers with random "
         f"weights of an 8B model's shapes (Gemma-2: the 2B's), TRITON_ATTN, {result['device']}, vLLM "
-        f"{result['vllm']}, torch {result['torch']} (`benchmarks/results/{path}`).",
+        f"{result['vllm']}, torch {result['torch']} (`benchmarks/results/{path}`{_commits(result)}).",
     ]
     if every:
         lines += ["", *_else_compared(result)]
     return "\n".join(lines)
+
+
+def _commits(result: Result) -> str:
+    """Of which commits the sides' rows are, where they are not of one run."""
+    sides = {side: sorted({row.get("commit", result["commit"]) for row in result["rows"] if row["side"] == side})
+             for side in SIDES}  # fmt: skip
+    if len({commit for commits in sides.values() for commit in commits}) == 1:
+        return ""
+    return "; " + ", ".join(f"{SIDES[side]}: run at {' and '.join(commits)}" for side, commits in sides.items())
 
 
 def _changed(row: Result | None, kind: str) -> str:

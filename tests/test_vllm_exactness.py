@@ -98,6 +98,25 @@ def test_a_summary_counts_what_differs():
     ]
 
 
+def test_rows_of_engines_that_were_not_run_again_are_kept_with_their_commit():
+    facts = {"device": "a GPU", "vllm": "0.26.0", "torch": "2.11.0"}
+
+    def result(commit, differ, *jobs):
+        rows = [job._asdict() | {"greedy_differ": differ} for job in jobs]
+        across = [{"side": "batchproof", "model": "llama fp8", "comparisons": 1, "differ": differ}]
+        return facts | {"commit": commit, "rows": rows, "chunked_against_whole": across}
+
+    stock, eager = JOB._replace(side="stock"), JOB._replace(configuration="eager")
+    joined = runs.with_rows_of(result("old", 1, JOB, stock), result("new", 0, eager, JOB))
+    assert [(row["side"], row["configuration"], row["commit"], row["greedy_differ"]) for row in joined["rows"]] == [
+        ("stock", "graphs", "old", 1), ("batchproof", "graphs", "new", 0), ("batchproof", "eager", "new", 0),
+    ]  # fmt: skip
+    assert [(row["commit"], row["differ"]) for row in joined["chunked_against_whole"]] == [("new", 0)]
+    assert joined["commit"] == "new"
+    with pytest.raises(SystemExit, match=r"of vllm 0.25.0, want 0.26.0"):
+        runs.with_rows_of(result("old", 1, JOB) | {"vllm": "0.25.0"}, result("new", 0, JOB))
+
+
 @pytest.mark.parametrize("family", random_checkpoint.FAMILIES)
 def test_a_checkpoint_loads_into_the_model_of_its_family(family, tmp_path):
     transformers = pytest.importorskip("transformers")

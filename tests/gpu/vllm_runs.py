@@ -153,6 +153,26 @@ def summarise(results: Mapping[Job, Mapping[str, Any]]) -> dict[str, Any]:
     return {"vllm": ", ".join(sorted(versions)), "rows": rows, "chunked_against_whole": across}
 
 
+def with_rows_of(earlier: Mapping[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    """``summary`` with an earlier result file's rows of engines that were not run now; every row says of which commit.
+
+    Refused if they are of another GPU, vLLM or torch.
+    """
+    for fact in ("device", "vllm", "torch"):
+        if earlier[fact] != summary[fact]:
+            raise SystemExit(f"the earlier file is of {fact} {earlier[fact]}, want {summary[fact]} as now")
+    joined = dict(summary)
+    for key, names in (("rows", ("side", "model", "configuration")), ("chunked_against_whole", ("side", "model"))):
+        found = {
+            tuple(row[name] for name in names): {"commit": result["commit"]} | row
+            for result in (earlier, summary)
+            for row in result[key]
+        }
+        places = [tuple(getattr(job, name) for name in names) for job in JOBS]
+        joined[key] = [found[place] for place in sorted(found, key=places.index)]
+    return joined
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,6 +180,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--with-rows-of", type=Path, help="an earlier result file, for engines that are not run now")
     parser.add_argument("--parallel", type=int, default=8, help="engines at a time, 8 GB of GPU memory each")
     parser.add_argument("--limit", type=float, default=400, help="seconds an engine may take")
     parser.add_argument(
@@ -176,6 +197,8 @@ def main() -> int:
         results = run_all(chosen, models, folder, options.parallel, options.limit)
     found = {job: read_result(job, folder, "") for job in JOBS if job in chosen or _file(job, folder, "json").exists()}
     summary = describe() | summarise({job: results.get(job, result) for job, result in found.items()})
+    if options.with_rows_of:
+        summary = with_rows_of(json.loads(options.with_rows_of.read_text()), summary)
     write(options.out, summary)
     for row in summary["rows"]:
         print({key: value for key, value in row.items() if key != "differences"})
