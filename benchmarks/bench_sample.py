@@ -13,16 +13,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import batchproof
 import timing
+import vocabularies
 from batchproof.numerics import first_mismatch
 from batchproof.ops._sample_filters import filter_logits
 from contenders import load
 from errors import Refused
 from sample_tables import full
 from tables import OURS
+from vocabularies import DTYPES
 
 
 class Filters(NamedTuple):
@@ -56,39 +57,22 @@ ASKS = {
 }
 ROWS = (1, 7, 8, 64, 256)
 WIDTHS = (128256,)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PEERS = ("torch", "vLLM", "FlashInfer")
-ROUNDS = 10
 LEFT = 0.02  # of a peer's tokens that ours removes, at most: libraries round probabilities differently
 ENOUGH = 256  # tokens of a peer that are looked at
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that narrow the benchmark."""
-    several: dict[str, Any] = {"nargs": "+", "metavar": "N", "type": int}
     parser.add_argument("--asks", nargs="+", choices=ASKS, default=list(ASKS), metavar="ASK", help=", ".join(ASKS))
-    parser.add_argument("--widths", default=list(WIDTHS), help="sizes of vocabularies", **several)
-    parser.add_argument("--rows", default=list(ROWS), help="rows of a batch", **several)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], metavar="DTYPE")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER", help=", ".join(PEERS))
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    vocabularies.add_arguments(parser, WIDTHS, ROWS, ("bf16",))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Gate and race every batch; the result file's contents."""
-    device = "cuda" if timing.has_gpu() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-    rows = []
-    with timing.side_stream(), torch.no_grad():
-        copy_gbps = timing.copy_gbps()
-        cases = [(dtype, width, ask) for dtype in options.dtypes for width in options.widths for ask in options.asks]
-        for dtype, width, ask in tqdm(cases, "race", unit="ask"):
-            peers, missing = contenders(ask, options.peers)
-            _gate(dtype, width, ask, max(options.rows), generator)
-            for count in options.rows:
-                rows.append(_race(dtype, width, ask, count, peers, missing, copy_gbps, options.rounds, generator))
-    asks = {ask: ASKS[ask]._asdict() for ask in options.asks}
-    result = {"how": __doc__, "asks": asks, "copy_gbps": round(copy_gbps, 1), "rounds": options.rounds, "rows": rows}
+    result = {"how": __doc__, "asks": {ask: ASKS[ask]._asdict() for ask in options.asks}}
+    result |= vocabularies.race_all(options, options.asks, partial(contenders, names=options.peers), _gate, _race)
     print(full(result))
     return result
 
@@ -158,20 +142,20 @@ def _flashinfer(filters: Filters) -> Draw:
 
 def _batch(dtype: str, rows: int, width: int, filters: Filters, generator: torch.Generator) -> Batch:
     device = generator.device
-    logits = torch.randn(rows, width, generator=generator, device=device).mul_(4.0).to(DTYPES[dtype])
     integers = torch.randint(2**40, (2, rows), generator=generator, device=device)
     given = (
         None if value is None else torch.full((rows,), value, device=device, dtype=kind)
         for value, kind in zip(filters, (torch.int64, torch.float32, torch.float32), strict=True)
     )
-    return Batch(logits, integers[0], integers[1] % 2**17, torch.ones(rows, device=device), *given)
+    x = vocabularies.logits(dtype, rows, width, generator)
+    return Batch(x, integers[0], integers[1] % 2**17, torch.ones(rows, device=device), *given)
 
 
 def _rows_of(batch: Batch, which: slice) -> Batch:
     return Batch(*(None if tensor is None else tensor[which] for tensor in batch))  # type: ignore[arg-type]
 
 
-def _gate(dtype: str, width: int, ask: str, most: int, generator: torch.Generator) -> None:
+def _gate(ask: str, dtype: str, width: int, most: int, generator: torch.Generator) -> None:
     """Ours has one token for a row whatever the batch; otherwise nothing is timed."""
     batch = _batch(dtype, most, width, ASKS[ask], generator)
     whole = _ours(batch)
@@ -192,7 +176,7 @@ def _refused(draw: Draw, batch: Batch) -> str | None:
 
 
 def _race(
-    dtype: str, width: int, ask: str, count: int, peers: Mapping[str, Draw], missing: Mapping[str, str],
+    ask: str, dtype: str, width: int, count: int, peers: Mapping[str, Draw], missing: Mapping[str, str],
     copy_gbps: float, rounds: int, generator: torch.Generator,
 ) -> dict[str, Any]:  # fmt: skip
     """Time every contender on one batch; its row."""

@@ -12,53 +12,37 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import batchproof
 import timing
+import vocabularies
 from batchproof.numerics import first_mismatch
 from batchproof.registry import get_spec
 from contenders import distance, load, sift
 from errors import Refused
 from softmax_tables import full
 from tables import OURS
+from vocabularies import DTYPES, logits
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 
 SOFTMAXES = ("log_softmax", "softmax")
 WIDTHS = (32000, 128256, 151936, 256000)
 ROWS = (1, 8, 64, 256, 2048)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROUNDS = 10
 ERROR = 0.01  # of the norm of the output: a peer that is further off computes something else
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that narrow the benchmark."""
-    several: dict[str, Any] = {"nargs": "+", "metavar": "N", "type": int}
     parser.add_argument(
         "--ops", nargs="+", choices=SOFTMAXES, default=list(SOFTMAXES), metavar="OP", help=", ".join(SOFTMAXES)
     )
-    parser.add_argument("--widths", default=list(WIDTHS), help="sizes of vocabularies", **several)
-    parser.add_argument("--rows", default=list(ROWS), help="rows of a batch", **several)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    vocabularies.add_arguments(parser, WIDTHS, ROWS, DTYPES)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Gate and race every batch; the result file's contents."""
-    device = "cuda" if timing.has_gpu() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-    rows = []
-    with timing.side_stream(), torch.no_grad():
-        copy_gbps = timing.copy_gbps()
-        cases = [(op, dtype, width) for op in options.ops for dtype in options.dtypes for width in options.widths]
-        for op, dtype, width in tqdm(cases, "race", unit="vocabulary"):
-            peers, missing = contenders(op)
-            _gate(op, dtype, width, max(options.rows), generator)
-            for count in options.rows:
-                rows.append(_race(op, dtype, width, count, peers, missing, copy_gbps, options.rounds, generator))
-    result = {"how": __doc__, "copy_gbps": round(copy_gbps, 1), "rounds": options.rounds, "rows": rows}
+    result = {"how": __doc__} | vocabularies.race_all(options, options.ops, contenders, _gate, _race)
     print(full(result))
     return result
 
@@ -87,13 +71,9 @@ def _vllm(name: str) -> Rows:
     return lambda x: function(x, -1)
 
 
-def _logits(dtype: str, rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(rows, width, generator=generator, device=generator.device).mul_(4.0).to(DTYPES[dtype])
-
-
 def _gate(op: str, dtype: str, width: int, most: int, generator: torch.Generator) -> None:
     """Ours has one result for a row whatever the batch, near the reference; otherwise nothing is timed."""
-    x, ours = _logits(dtype, most, width, generator), getattr(batchproof, op)
+    x, ours = logits(dtype, most, width, generator), getattr(batchproof, op)
     whole = ours(x)
     error = distance(whole[:8], get_spec(op).reference(x[:8]))
     if not error < ERROR:
@@ -112,7 +92,7 @@ def _race(
     """Time every contender on one batch; its row."""
     moved = 2 * count * width * DTYPES[dtype].itemsize
     timing.release_memory()
-    sets = [_logits(dtype, count, width, generator) for _ in range(timing.rotations(moved, timing.l2_bytes())["cold"])]
+    sets = [logits(dtype, count, width, generator) for _ in range(timing.rotations(moved, timing.l2_bytes())["cold"])]
     wanted = get_spec(op).reference(sets[0][:8])
     _, failed = sift(peers, lambda name: peers[name](sets[0])[:8], wanted, ERROR)
     good = {OURS: getattr(batchproof, op)} | {name: peer for name, peer in peers.items() if name not in failed}
