@@ -22,8 +22,7 @@ from batchproof.ops._sample_filters import filter_logits
 from contenders import load
 from errors import Refused
 from sample_tables import full
-from tables import OURS
-from vocabularies import DTYPES
+from vocabularies import Subject
 
 
 class Filters(NamedTuple):
@@ -72,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Gate and race every batch; the result file's contents."""
     result = {"how": __doc__, "asks": {ask: ASKS[ask]._asdict() for ask in options.asks}}
-    result |= vocabularies.race_all(options, options.asks, partial(contenders, names=options.peers), _gate, _race)
+    of_peers = partial(contenders, names=options.peers)
+    subject = Subject("ask", options.asks, of_peers, _gate, _batch, lambda ask: _ours, _failures, moved=1)
+    result |= vocabularies.race_all(options, subject)
     print(full(result))
     return result
 
@@ -140,12 +141,12 @@ def _flashinfer(filters: Filters) -> Draw:
     return lambda b: flashinfer.top_k_top_p_sampling_from_logits(b.logits.float(), b.top_k.int(), b.top_p)  # type: ignore[union-attr]
 
 
-def _batch(dtype: str, rows: int, width: int, filters: Filters, generator: torch.Generator) -> Batch:
+def _batch(ask: str, dtype: str, width: int, rows: int, generator: torch.Generator) -> Batch:
     device = generator.device
     integers = torch.randint(2**40, (2, rows), generator=generator, device=device)
     given = (
         None if value is None else torch.full((rows,), value, device=device, dtype=kind)
-        for value, kind in zip(filters, (torch.int64, torch.float32, torch.float32), strict=True)
+        for value, kind in zip(ASKS[ask], (torch.int64, torch.float32, torch.float32), strict=True)
     )
     x = vocabularies.logits(dtype, rows, width, generator)
     return Batch(x, integers[0], integers[1] % 2**17, torch.ones(rows, device=device), *given)
@@ -157,7 +158,7 @@ def _rows_of(batch: Batch, which: slice) -> Batch:
 
 def _gate(ask: str, dtype: str, width: int, most: int, generator: torch.Generator) -> None:
     """Ours has one token for a row whatever the batch; otherwise nothing is timed."""
-    batch = _batch(dtype, most, width, ASKS[ask], generator)
+    batch = _batch(ask, dtype, width, most, generator)
     whole = _ours(batch)
     for rows in (size for size in (1, 2, 7, 8, 33, 255) if size < most):
         for some in (slice(0, rows), slice(most - rows, most)):
@@ -175,27 +176,14 @@ def _refused(draw: Draw, batch: Batch) -> str | None:
     return f"{outside} of {drawn} tokens are among those removed" if outside > LEFT * drawn else None
 
 
-def _race(
-    ask: str, dtype: str, width: int, count: int, peers: Mapping[str, Draw], missing: Mapping[str, str],
-    copy_gbps: float, rounds: int, generator: torch.Generator,
-) -> dict[str, Any]:  # fmt: skip
-    """Time every contender on one batch; its row."""
-    moved = count * width * DTYPES[dtype].itemsize
-    timing.release_memory()
-    number = timing.rotations(moved, timing.l2_bytes())["cold"]
-    sets = [_batch(dtype, count, width, ASKS[ask], generator) for _ in range(number)]
+def _failures(ask: str, peers: Mapping[str, Draw], batch: Batch) -> dict[str, str]:
+    """Why peers are out: those that fail, and those that draw what is removed."""
     failed = {}
     for name, draw in peers.items():
         try:
-            why = _refused(draw, sets[0])
+            why = _refused(draw, batch)
         except Exception as error:
             why = timing.reason(error)
         if why is not None:
             failed[name] = why
-    good = {OURS: _ours} | {name: draw for name, draw in peers.items() if name not in failed}
-    prepared = {name: partial(partial, draw) for name, draw in good.items()}
-    times, more = timing.race(prepared, sets, timing.passes(len(sets), moved), rounds)
-    return {
-        "ask": ask, "dtype": dtype, "width": width, "rows": count, "sets": len(sets),
-        "floor_us": round(moved / copy_gbps / 1e3, 3), "missing": {**missing, **failed, **more}, "times": times,
-    }  # fmt: skip
+    return failed

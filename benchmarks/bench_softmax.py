@@ -8,21 +8,18 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 
 import batchproof
-import timing
 import vocabularies
 from batchproof.numerics import first_mismatch
 from batchproof.registry import get_spec
 from contenders import distance, load, sift
 from errors import Refused
 from softmax_tables import full
-from tables import OURS
-from vocabularies import DTYPES, logits
+from vocabularies import DTYPES, Subject, logits
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Gate and race every batch; the result file's contents."""
-    result = {"how": __doc__} | vocabularies.race_all(options, options.ops, contenders, _gate, _race)
+    subject = Subject("op", options.ops, contenders, _gate, _batch, _ours, _failures, moved=2)
+    result = {"how": __doc__} | vocabularies.race_all(options, subject)
     print(full(result))
     return result
 
@@ -71,9 +69,18 @@ def _vllm(name: str) -> Rows:
     return lambda x: function(x, -1)
 
 
+def _ours(op: str) -> Rows:
+    ours: Rows = getattr(batchproof, op)
+    return ours
+
+
+def _batch(op: str, dtype: str, width: int, rows: int, generator: torch.Generator) -> torch.Tensor:
+    return logits(dtype, rows, width, generator)
+
+
 def _gate(op: str, dtype: str, width: int, most: int, generator: torch.Generator) -> None:
     """Ours has one result for a row whatever the batch, near the reference; otherwise nothing is timed."""
-    x, ours = logits(dtype, most, width, generator), getattr(batchproof, op)
+    x, ours = _batch(op, dtype, width, most, generator), _ours(op)
     whole = ours(x)
     error = distance(whole[:8], get_spec(op).reference(x[:8]))
     if not error < ERROR:
@@ -85,20 +92,6 @@ def _gate(op: str, dtype: str, width: int, most: int, generator: torch.Generator
                 raise Refused(f"{op} {dtype} {width}: rows {some} of {most} in a batch of {rows}: {differs}")
 
 
-def _race(
-    op: str, dtype: str, width: int, count: int, peers: Mapping[str, Rows], missing: Mapping[str, str],
-    copy_gbps: float, rounds: int, generator: torch.Generator,
-) -> dict[str, Any]:  # fmt: skip
-    """Time every contender on one batch; its row."""
-    moved = 2 * count * width * DTYPES[dtype].itemsize
-    timing.release_memory()
-    sets = [logits(dtype, count, width, generator) for _ in range(timing.rotations(moved, timing.l2_bytes())["cold"])]
-    wanted = get_spec(op).reference(sets[0][:8])
-    _, failed = sift(peers, lambda name: peers[name](sets[0])[:8], wanted, ERROR)
-    good = {OURS: getattr(batchproof, op)} | {name: peer for name, peer in peers.items() if name not in failed}
-    prepared = {name: partial(partial, function) for name, function in good.items()}
-    times, more = timing.race(prepared, sets, timing.passes(len(sets), moved), rounds)
-    return {
-        "op": op, "dtype": dtype, "width": width, "rows": count, "sets": len(sets),
-        "floor_us": round(moved / copy_gbps / 1e3, 3), "missing": {**missing, **failed, **more}, "times": times,
-    }  # fmt: skip
+def _failures(op: str, peers: Mapping[str, Rows], x: torch.Tensor) -> dict[str, str]:
+    """Why peers are out: those that fail, and those that compute something else."""
+    return sift(peers, lambda name: peers[name](x)[:8], get_spec(op).reference(x[:8]), ERROR)[1]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _exact
+from ._gumbel_max import order_key
 from ._triton import device_guard, tl, triton
 
 __all__ = ["UNIT", "launch_filter", "log_share"]
@@ -32,14 +33,6 @@ def log_share(min_p: Tensor) -> Tensor:
 
 
 @triton.jit
-def _key(x):
-    """Orders as fp32 ``x`` does; NaN is -inf and -0 is +0."""
-    x = tl.where(x != x, float("-inf"), x)
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
 def _value(key):
     """The fp32 number of a key; the largest finite one for inf and above."""
     key = tl.minimum(key.to(tl.int32), _INF - 1)
@@ -57,7 +50,7 @@ def _row_keys(x_ptr, columns, vocab_size, divisor):
     """The keys of scaled logits, and the logits; past the vocabulary they are -inf, which no filter counts."""
     logits = tl.load(x_ptr + columns, mask=columns < vocab_size, other=float("-inf"))
     x = logits.to(tl.float32)
-    return _key(tl.div_rn(x, tl.zeros_like(x) + divisor)), logits
+    return order_key(tl.div_rn(x, tl.zeros_like(x) + divisor)), logits
 
 
 @triton.jit
@@ -91,7 +84,7 @@ def _bracket(x_ptr, vocab_size, divisor, base, top_key, top, wanted, top_p, WEIG
     columns = tl.arange(0, BLOCK)
     sums = tl.full([BLOCK], 0, tl.int64 if WEIGHTS else tl.int32)
     sums1, sums2, sums3 = sums, sums, sums
-    key1, key2, key3 = _key(top - 14.0), _key(top - 8.0), _key(top - 4.0)
+    key1, key2, key3 = order_key(top - 14.0), order_key(top - 8.0), order_key(top - 4.0)
     key0 = base.to(tl.int32)
     key1, key2, key3 = tl.maximum(key1, key0), tl.maximum(key2, key0), tl.maximum(key3, key0)
     for start in range(0, vocab_size, BLOCK):
@@ -163,7 +156,7 @@ def _threshold(list_ptr, lengths, most, low, high, above, wanted, top, WEIGHTS: 
     ends then move to the nearest listed keys, which changes no sum: a bracket of few entries takes few steps.
     """
     while high - low > 1:
-        halfway = _key(0.5 * _value(low) + 0.5 * _value(high)).to(tl.int64)
+        halfway = order_key(0.5 * _value(low) + 0.5 * _value(high)).to(tl.int64)
         key2 = tl.minimum(tl.maximum(halfway, low + 1), high - 1)
         key1 = low + (key2 - low) // 2
         key3 = key2 + (high - key2) // 2
@@ -269,8 +262,8 @@ def _filter_kernel(
         if by_floor:
             floor = top.to(tl.float64) + share
             near = floor.to(tl.float32)
-            base = tl.maximum(base, _key(near).to(tl.int64) + (near.to(tl.float64) < floor).to(tl.int64))
-        top_key = _key(top).to(tl.int64)
+            base = tl.maximum(base, order_key(near).to(tl.int64) + (near.to(tl.float64) < floor).to(tl.int64))
+        top_key = order_key(top).to(tl.int64)
         key = base - 1
         if (by_count | by_weight) & (top_key >= base):
             key, column = _search(

@@ -12,7 +12,15 @@ from ._fast_launch import FastKernel
 from ._gumbel import BLOCK, NUM_WARPS, noise_block, random_words_block
 from ._triton import tl, triton
 
-__all__ = ["launch_best", "launch_best_of_requests"]
+__all__ = ["launch_best", "launch_best_of_requests", "order_key"]
+
+
+@triton.jit
+def order_key(x):
+    """An int32 that orders as fp32 ``x`` does; NaN is -inf and -0 is +0."""
+    x = tl.where(x != x, float("-inf"), x)
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit(do_not_specialize=["row_stride", "vocab_size"])
@@ -36,12 +44,8 @@ def _block_best_kernel(
             position = tl.load(positions_ptr + row).to(tl.int64)
             words = random_words_block(tl.load(seeds_ptr + request), position, first, BLOCK)
             x = tl.div_rn(x, tl.zeros_like(x) + temperature) + noise_block(words)
-    x = tl.where(x != x, float("-inf"), x)
-    x = tl.where(x == 0.0, 0.0, x)  # -0 ties with +0
-    bits = x.to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     # columns past the vocabulary are -inf with a higher index than any other
-    best = tl.max((ordered << 32) | (0x7FFFFFFF - columns).to(tl.int64), axis=0)
+    best = tl.max((order_key(x).to(tl.int64) << 32) | (0x7FFFFFFF - columns).to(tl.int64), axis=0)
     tl.store(keys_ptr + row * tl.num_programs(1) + tl.program_id(1), best)
 
 

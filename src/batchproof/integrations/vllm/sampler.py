@@ -102,7 +102,8 @@ def call_over_ours(original: Callable[..., Any]) -> Callable[..., Any]:
             say_that_it_stays_vllms("sampling stays", reason)
             return original(self, logits, input_batch)
         asked: Asked = self.batchproof
-        by, requests, states = asked.by(input_batch.idx_mapping_np), input_batch.idx_mapping, self.sampling_states
+        of, requests, states = input_batch.idx_mapping_np, input_batch.idx_mapping, self.sampling_states
+        by = asked.by(of)
         num_nans = count_nans(logits) if self.compute_nans else None
         raw = self.logprobs_mode.startswith("raw_")
         kept = logits
@@ -113,7 +114,6 @@ def call_over_ours(original: Callable[..., Any]) -> Callable[..., Any]:
         tokens = launch_best_of_requests(kept, states.seeds.gpu, input_batch.seq_lens, states.temperature.gpu, requests)
         logprobs = None
         if by & SCORE:
-            of = input_batch.idx_mapping_np
             logprobs = scores(
                 logits if raw else scaled(kept, states.temperature.gpu[requests]),
                 max(states.max_num_logprobs(of), 0), tokens, None,
