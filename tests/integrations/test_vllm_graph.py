@@ -1,12 +1,13 @@
 """Rope and the cache write of a graph become one op, if the graph looks as vLLM's layers make it; else it stays."""
 
 import operator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import fx
 
-from batchproof.integrations.vllm.graph import FP8, fuse_output_quant, fuse_rope_and_cache
+from batchproof.integrations.vllm.graph import FP8, fuse_output_quant, fuse_rope_and_cache, writes_in_graphs
 from batchproof.ops import rms_norm as _rms_norm  # noqa: F401 - defines the ops
 from batchproof.ops import rope as _rope  # noqa: F401 - defines the op
 
@@ -201,3 +202,13 @@ def test_an_output_that_is_read_otherwise_stays(what):
     first = next(node for node in graph.nodes if "unified_attention" in str(node.target))
     assert "output_scale" not in first.kwargs
     assert nodes_of(graph, torch.empty)[0].kwargs["dtype"] == torch.bfloat16
+
+
+@pytest.mark.parametrize("change", ["nothing", "names", "runner", "drafts", "context parallel"])
+def test_the_cache_is_written_in_graphs_where_slots_stay_in_one_buffer(change):
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(prefill_context_parallel_size=2 if change == "context parallel" else 1),
+        speculative_config=object() if change == "drafts" else None,
+        use_v2_model_runner=change != "runner",
+    )
+    assert writes_in_graphs(config, hoisted=change != "names") is (change == "nothing")

@@ -26,15 +26,19 @@ class View:
         self.padding, self.round_f32_to_tf32 = "zero", False
 
 
+_PLAIN = frozenset({float, bool, type(None)})
+
+
 def _kind(argument: Any) -> Any:
     """What a binary depends on of an argument."""
-    if type(argument) is int:
+    kind = type(argument)
+    if kind is int:
         return (argument == 1) | (argument % 16 == 0) << 1 | (-(2**31) <= argument < 2**31) << 2
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, View):
+    if kind in _PLAIN:
+        return kind
+    if kind is View:
         return argument.base.dtype, *argument.block_shape
-    return type(argument)
+    return argument.dtype, argument.data_ptr() % 16 == 0
 
 
 class FastKernel:

@@ -32,7 +32,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ._fast_launch import FastKernel, View
 from ._quantize import FP8_MAX
 
-__all__ = ["HEAD_DIMS", "ROWS", "launch", "prefill_kernel", "takes"]
+__all__ = ["HEAD_DIMS", "ROWS", "launch", "places_for", "prefill_kernel"]
 
 ROWS = 128  # query rows of a program: of two consumers
 HEAD_DIMS = (64, 128)
@@ -317,34 +317,32 @@ def _describe(view: View) -> Any:
 _KERNEL = FastKernel(prefill_kernel, _describe)
 
 
-def takes(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
-    """Whether the kernel is for these: their dtypes and head size, and caches that the TMA can read."""
+def places_for(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+) -> tuple[int, int, int] | None:  # fmt: skip
+    """``_places`` of both caches; None if the kernel is not for these dtypes, head size and caches."""
+    if q.dtype not in DTYPES or k_cache.dtype != q.dtype or q.shape[2] not in HEAD_DIMS:
+        return None
     places = _places(k_cache)
-    return (
-        q.dtype in DTYPES
-        and k_cache.dtype == q.dtype
-        and q.shape[2] in HEAD_DIMS
-        and places is not None
-        and _places(v_cache) == places
-        and k_cache.shape[0] * places[0] < 2**31
-    )
+    if places is None or _places(v_cache) != places or k_cache.shape[0] * places[0] >= 2**31:
+        return None
+    return places
 
 
 def launch(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor, cu_seqlens_q: torch.Tensor,
-    seqused_k: torch.Tensor, block_table: torch.Tensor, sinks: torch.Tensor | None,
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, places: tuple[int, int, int], out: torch.Tensor,
+    cu_seqlens_q: torch.Tensor, seqused_k: torch.Tensor, block_table: torch.Tensor, sinks: torch.Tensor | None,
     out_scale: torch.Tensor | None, softmax_scale: float, causal: bool, window: int, softcap: float,
     grid: tuple[int, int, int], group: int, tile: int, split: int,
 ) -> torch.Tensor:  # fmt: skip
-    """Write the outputs of a grid of (sequences, key heads, blocks of ROWS rows) to ``out``, of what it ``takes``.
+    """Write the outputs of a grid of (sequences, key heads, blocks of ROWS rows) to ``out``.
 
-    ``group``: rows of one token, a power of two. Everything else is as ``attention.launch`` has it.
+    ``places``: as ``places_for`` gives them. ``group``: rows of one token, a power of two. Everything else is as
+    ``attention.launch`` has it.
 
     Returns:
         [programs * 2] int32, what is to be computed again; see ``prefill_kernel``.
     """
-    places = _places(k_cache)
-    assert places is not None, "takes says no"
     odd = torch.empty(2 * grid[0] * grid[1] * grid[2], dtype=torch.int32, device=q.device)
     keywords = {
         "NUM_HEADS": q.shape[1], "GROUP": q.shape[1] // k_cache.shape[2], "GROUP_PADDED": group,

@@ -31,7 +31,7 @@ from ..errors import ArgumentError, ShapeError
 from ..registry import OpSpec, register_spec
 from ._attention_cpu import attend_paged, slots_of, visible_keys
 from ._attention_kernels import attention_kernel, merge_kernel
-from ._attention_plan import PREFILL, Block, plan_for
+from ._attention_plan import PREFILL, Block, Plan, plan_for
 from ._fast_launch import FastKernel
 from ._hopper import is_hopper
 from ._library import (
@@ -163,26 +163,24 @@ def launch(
     splits = splits_for(context, max_seqlen_q, window, k_start is not None)
     as_it_is = block is None and k_start is None and k_scale is None and v_scale is None
     hopper = _hopper() if several and as_it_is else None
-    if hopper is not None and not hopper.takes(q, k_cache, v_cache):
-        hopper = None
+    places = hopper.places_for(q, k_cache, v_cache) if hopper else None
     plan = plan_for(
         q.shape, num_sequences, kv_heads, max_seqlen_q, splits, several, processors(q.device), workers, block,
-        hopper is not None,
+        places is not None,
     )  # fmt: skip
     parts: list[torch.Tensor | None] = [None] * 3  # largest scores, normalisers, totals
     if plan.workers > 1:
         shape = (num_tokens, num_heads, splits)
         parts = [q.new_empty((*shape, *of), dtype=torch.float32) for of in ((), (), (head_dim,))]
-    constants = {
-        "NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "HEAD_DIM_PADDED": max(16, triton.next_power_of_2(head_dim)),
-        "SPLIT": SPLIT, "CAUSAL": causal, "HAS_WINDOW": window > 0, "HAS_START": k_start is not None,
-        **launch_options(q),
-    }  # fmt: skip
+    attention_constants, merge_constants = _constants(
+        num_heads, kv_heads, head_dim, k_cache.shape[1], causal, window > 0, softcap > 0.0, k_start is not None,
+        max_seqlen_q == 1, plan, tuple(launch_options(q).items()),
+    )  # fmt: skip
     odd = None  # what is left for attention_kernel to do; None for all
-    if hopper is not None and plan.block == PREFILL and plan.workers == 1:
+    if hopper and places is not None and plan.block == PREFILL and plan.workers == 1:
         odd = hopper.launch(
-            q, k_cache, v_cache, out, *sequences[:2], block_table, sinks, out_scale, softmax_scale, causal, window,
-            softcap, plan.grid, plan.group, TILE, SPLIT,
+            q, k_cache, v_cache, places, out, *sequences[:2], block_table, sinks, out_scale, softmax_scale, causal,
+            window, softcap, plan.grid, plan.group, TILE, SPLIT,
         )  # fmt: skip
     _ATTENTION(
         (*plan.grid[:2], plan.grid[2] * plan.workers), q,
@@ -191,20 +189,33 @@ def launch(
             odd, num_tokens, block_table.shape[1], *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
             block_table.stride(0), softmax_scale, softcap, window, plan.workers, splits,
         ),
-        {
-            "GROUP": num_heads // kv_heads, "GROUP_PADDED": plan.group, "ROWS": plan.block.rows, "TILE": TILE,
-            "PAGE_SIZE": k_cache.shape[1], "WALK": plan.workers == 1, "HAS_SOFTCAP": softcap > 0.0,
-            "ONE_TOKEN": max_seqlen_q == 1, "num_warps": plan.block.warps, "num_stages": plan.block.stages,
-            **constants,
-        },
+        attention_constants,
     )  # fmt: skip
     if plan.workers > 1:
         _MERGE(
             (num_sequences, num_heads, max_seqlen_q), q,
             (q, *parts, out, *sequences, sinks, v_scale, out_scale, window, splits),
-            {"TOKENS": plan.tokens, "STAGES": MERGE_STAGES, "num_warps": 1, **constants},
+            merge_constants,
         )  # fmt: skip
     return out
+
+
+@lru_cache(maxsize=4096)
+def _constants(
+    num_heads: int, kv_heads: int, head_dim: int, page_size: int, causal: bool, has_window: bool, has_softcap: bool,
+    has_start: bool, one_token: bool, plan: Plan, options: tuple[tuple[str, Any], ...],
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """What attention_kernel and merge_kernel are compiled with; made once, as an engine waits for it in every layer."""
+    of_both = {
+        "NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "HEAD_DIM_PADDED": max(16, triton.next_power_of_2(head_dim)),
+        "SPLIT": SPLIT, "CAUSAL": causal, "HAS_WINDOW": has_window, "HAS_START": has_start, **dict(options),
+    }  # fmt: skip
+    of_attention = {
+        "GROUP": num_heads // kv_heads, "GROUP_PADDED": plan.group, "ROWS": plan.block.rows, "TILE": TILE,
+        "PAGE_SIZE": page_size, "WALK": plan.workers == 1, "HAS_SOFTCAP": has_softcap, "ONE_TOKEN": one_token,
+        "num_warps": plan.block.warps, "num_stages": plan.block.stages, **of_both,
+    }  # fmt: skip
+    return of_attention, {"TOKENS": plan.tokens, "STAGES": MERGE_STAGES, "num_warps": 1, **of_both}
 
 
 def _paged_attention_cpu(*arguments: Any) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-__all__ = ["fuse_output_quant", "fuse_rope_and_cache"]
+__all__ = ["fuse_output_quant", "fuse_rope_and_cache", "writes_in_graphs"]
 
 FP8 = torch.float8_e4m3fn
 _ATTENTION = "vllm::unified_attention_with_output"
@@ -58,6 +58,20 @@ def fuse_rope_and_cache(graph: fx.Graph, fused: Callable[..., Any]) -> int:
         _erase(graph, old_q)
         count += 1
     return count
+
+
+def writes_in_graphs(config: Any, hoisted: bool) -> bool:
+    """Whether the write of the cache may be in the CUDA graphs of vLLM's pieces, rather than between them.
+
+    It may where each step's slots are in one buffer, of -1 past the step's tokens, as vLLM's model runner V2 has them.
+
+    Args:
+        config: vLLM's.
+        hoisted: whether a layer's name is an input of a piece, so that layers share one compiled piece.
+    """
+    parallel = config.parallel_config
+    alone = config.speculative_config is None and parallel.prefill_context_parallel_size == 1
+    return bool(hoisted and alone and config.use_v2_model_runner)
 
 
 def fuse_output_quant(graph: fx.Graph) -> int:

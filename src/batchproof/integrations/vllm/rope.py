@@ -15,12 +15,12 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from ...ops import rms_norm as _rms_norm  # noqa: F401 - defines the ops
 from ...ops import rope as _rope  # noqa: F401 - defines the op
 from ...ops import rope_cache as _rope_cache  # noqa: F401 - defines the op
-from .graph import fuse_output_quant, fuse_rope_and_cache
+from .graph import fuse_output_quant, fuse_rope_and_cache, writes_in_graphs
 from .log import logger
 
 __all__ = ["FUSED", "fuse", "invariant", "why_apart"]
 
-FUSED = "batchproof::rope_and_unified_kv_cache_update"  # where vLLM has to split its graphs
+FUSED = "batchproof::rope_and_unified_kv_cache_update"
 _ops = torch.ops.batchproof
 _library = torch.library.Library("batchproof", "FRAGMENT")
 
@@ -115,7 +115,7 @@ def why_apart(config: Any) -> str | None:
 
 
 def fuse(graph: torch.fx.GraphModule, config: Any) -> None:
-    """Rewrite a graph that Dynamo has given to vLLM, and have it split at the new op too."""
+    """Rewrite a graph that Dynamo has given to vLLM, and have it split at the new op too where it has to be."""
     reason = why_apart(config)
     if reason is not None:
         logger.info("batchproof leaves rope and the cache write apart: %s", reason)
@@ -124,7 +124,9 @@ def fuse(graph: torch.fx.GraphModule, config: Any) -> None:
     quantised = fuse_output_quant(graph.graph)
     graph.recompile()
     operators = config.compilation_config.splitting_ops
-    if count and FUSED not in operators:
+    inside = writes_in_graphs(config, hoisted=LayerNameType is not str)
+    if count and not inside and FUSED not in operators:
         operators.append(FUSED)
-    logger.info("batchproof made rope and the cache write one kernel in %d layers", count)
+    where = "in vLLM's CUDA graphs" if inside else "between vLLM's CUDA graphs"
+    logger.info("batchproof made rope and the cache write one kernel in %d layers, %s", count, where)
     logger.info("batchproof has attention quantise its output in %d layers", quantised)
