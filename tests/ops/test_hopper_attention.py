@@ -58,14 +58,14 @@ def test_only_what_is_odd_is_computed_again(monkeypatch, generator):
     programs = {}
 
     def launch(q, *rest):
-        out, grid = rest[2], rest[-4]
+        out, grid = rest[3], rest[-4]
         programs["grid"], programs["out"] = grid, out.fill_(7.0)
         odd = torch.zeros(*grid, 2, dtype=torch.int32)
         odd[0, 1, 2, 1] = odd[1, 0, 1, 0] = 1
         return odd.flatten()
 
     monkeypatch.setattr(module, "is_hopper", lambda device: True)
-    monkeypatch.setattr(hopper, "takes", lambda q, k_cache, v_cache: True)
+    monkeypatch.setattr(hopper, "places_for", lambda q, k_cache, v_cache: (1, 0, 0))
     monkeypatch.setattr(hopper, "launch", launch)
     out = launched(arguments, 1)
     assert programs["grid"] == (2, 2, 4), "of 64 tokens each"
@@ -86,7 +86,7 @@ def test_what_the_kernel_for_hopper_is_not_asked_for(given, monkeypatch, generat
     elif given.endswith("scale"):
         arguments[given] = torch.ones(1)
     monkeypatch.setattr(module, "is_hopper", lambda device: True)
-    monkeypatch.setattr(hopper, "takes", lambda q, *caches: q.dtype != torch.float32)
+    monkeypatch.setattr(hopper, "places_for", lambda q, *caches: None if q.dtype == torch.float32 else (1, 0, 0))
     monkeypatch.setattr(hopper, "launch", pytest.fail)
     launched(arguments, 1, block)
 
@@ -97,7 +97,7 @@ def taken(monkeypatch):
 
     def note(*arguments):
         odd = launch(*arguments)
-        starts, (sequences, kv_heads, blocks), group = arguments[4], *arguments[-4:-2]
+        starts, (sequences, kv_heads, blocks), group = arguments[5], *arguments[-4:-2]
         begins = torch.arange(blocks, device=odd.device) * (hopper.ROWS // group)
         has_queries = begins < starts.diff()[:, None]
         if not torch.cuda.is_current_stream_capturing():

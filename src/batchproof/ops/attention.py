@@ -174,7 +174,7 @@ def launch(
         parts = [q.new_empty((*shape, *of), dtype=torch.float32) for of in ((), (), (head_dim,))]
     attention_constants, merge_constants = _constants(
         num_heads, kv_heads, head_dim, k_cache.shape[1], causal, window > 0, softcap > 0.0, k_start is not None,
-        max_seqlen_q == 1, plan, tuple(launch_options(q).items()),
+        max_seqlen_q == 1, plan, SPLIT, TILE, tuple(launch_options(q).items()),
     )  # fmt: skip
     odd = None  # what is left for attention_kernel to do; None for all
     if hopper and places is not None and plan.block == PREFILL and plan.workers == 1:
@@ -203,15 +203,15 @@ def launch(
 @lru_cache(maxsize=4096)
 def _constants(
     num_heads: int, kv_heads: int, head_dim: int, page_size: int, causal: bool, has_window: bool, has_softcap: bool,
-    has_start: bool, one_token: bool, plan: Plan, options: tuple[tuple[str, Any], ...],
+    has_start: bool, one_token: bool, plan: Plan, split: int, tile: int, options: tuple[tuple[str, Any], ...],
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """What attention_kernel and merge_kernel are compiled with; made once, as an engine waits for it in every layer."""
     of_both = {
         "NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "HEAD_DIM_PADDED": max(16, triton.next_power_of_2(head_dim)),
-        "SPLIT": SPLIT, "CAUSAL": causal, "HAS_WINDOW": has_window, "HAS_START": has_start, **dict(options),
+        "SPLIT": split, "CAUSAL": causal, "HAS_WINDOW": has_window, "HAS_START": has_start, **dict(options),
     }  # fmt: skip
     of_attention = {
-        "GROUP": num_heads // kv_heads, "GROUP_PADDED": plan.group, "ROWS": plan.block.rows, "TILE": TILE,
+        "GROUP": num_heads // kv_heads, "GROUP_PADDED": plan.group, "ROWS": plan.block.rows, "TILE": tile,
         "PAGE_SIZE": page_size, "WALK": plan.workers == 1, "HAS_SOFTCAP": has_softcap, "ONE_TOKEN": one_token,
         "num_warps": plan.block.warps, "num_stages": plan.block.stages, **of_both,
     }  # fmt: skip
