@@ -13,6 +13,7 @@ from typing import Any
 import attention_tables
 import audit_tables
 import linear_tables
+import sample_tables
 import softmax_tables
 import tables
 import vllm_tables
@@ -115,10 +116,11 @@ def linear_pages() -> Blocks:
 
 
 def attention_pages() -> Blocks:
-    """The tables of attention and of softmax over vocabularies."""
+    """The tables of attention, and of softmax and sampling over vocabularies."""
     return {
         "attention h200": lambda: attention_tables.page(load("h200/attention.json"), "h200/attention.json"),
         "softmax h200": lambda: softmax_tables.page(load("h200/softmax.json"), "h200/softmax.json"),
+        "sample h200": lambda: sample_tables.page(load("h200/sample.json"), "h200/sample.json"),
     }
 
 
@@ -134,12 +136,16 @@ def pages() -> dict[Path, Blocks]:
         blocks["norms h200"] = norms_summary
     blocks["linear h200"] = lambda: linear_tables.summary([load(path) for path in LINEAR], LINEAR)
     latency = vllm_tables.joined([load(path) for path in vllm_tables.PATHS])
-    exactness, h100 = load(vllm_tables.EXACTNESS), load(vllm_tables.H100)
+    exactness, again, h100 = (load(path) for path in (vllm_tables.EXACTNESS, vllm_tables.AGAIN, vllm_tables.H100))
+    throughput = load(vllm_tables.THROUGHPUT)
     blocks["vllm latency h200"] = lambda: vllm_tables.latency_table(latency)
+    blocks["vllm throughput h200"] = lambda: vllm_tables.throughput_table(throughput)
     blocks["vllm exactness"] = lambda: vllm_tables.exactness_table(exactness)
     vllm = {
         "vllm latency h200": blocks["vllm latency h200"],
         "vllm exactness": lambda: vllm_tables.exactness_table(exactness, every=True),
+        "vllm exactness h200": lambda: vllm_tables.exactness_line(again),
+        "vllm throughput h200": lambda: vllm_tables.throughput_table(throughput),
         "vllm kernels h200": lambda: vllm_tables.kernels_table(latency),
         "vllm step": lambda: vllm_tables.step_table(latency),
         "vllm latency h100": lambda: vllm_tables.latency_rows(h100),

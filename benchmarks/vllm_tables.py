@@ -10,6 +10,7 @@ PATH = "h200/vllm_latency.json"
 PATHS = (PATH, "h200/vllm_latency_default.json")  # one run for each set of flags
 H100 = "h100/vllm_latency.json"
 THROUGHPUT = "h200/vllm_throughput.json"
+AGAIN = "h200/vllm_exactness_batchproof.json"  # batchproof's side alone, on another GPU
 EXACTNESS = "h100/vllm_exactness.json"
 # The first kind whose pattern is in a kernel's name is the kernel's kind.
 KINDS = {
@@ -262,6 +263,21 @@ def exactness_table(result: Result, every: bool = False, path: str = EXACTNESS) 
     if every:
         lines += ["", *_else_compared(result)]
     return "\n".join(lines)
+
+
+def exactness_line(result: Result, path: str = AGAIN) -> str:
+    """What a run of one side compared, in a sentence."""
+    compared, differ = (
+        sum(row[f"{kind}_{what}"] for row in result["rows"] for kind in ("greedy", "seeded"))
+        for what in ("comparisons", "differ")
+    )
+    failed = "".join(
+        f" {row['model']}, {row['configuration']}: {row['error']}." for row in result["rows"] if row["error"]
+    )
+    return (
+        f"The same on an {result['device']}, with batchproof: {differ} of {compared} comparisons differ in "
+        f"{len(result['rows'])} engines (`benchmarks/results/{path}`, commit {result['commit']}).{failed}"
+    )
 
 
 def _commits(result: Result) -> str:
