@@ -273,6 +273,18 @@ def test_the_throughput_table_has_tokens_a_second_and_the_share_of_the_default(b
     assert "`benchmarks/results/h200/vllm_throughput.json`" in lines[-1]
 
 
+def test_a_line_about_one_side_counts_all_comparisons_and_names_engines_that_failed(bench):
+    row = {
+        "model": "llama", "configuration": "eager", "error": None, "greedy_comparisons": 39, "greedy_differ": 1,
+        "seeded_comparisons": 3, "seeded_differ": 2,
+    }  # fmt: skip
+    failed = row | dict.fromkeys((name for name in row if "_" in name), 0) | {"error": "out of memory"}
+    line = bench.tables.exactness_line({"device": "H", "commit": "abc", "rows": [row, row, failed]}, "h/x.json")
+    assert "6 of 84 comparisons differ in 3 engines" in line
+    assert "`benchmarks/results/h/x.json`, commit abc" in line
+    assert line.endswith("llama, eager: out of memory.")
+
+
 def test_runs_under_different_flags_are_joined(bench):
     one, other = synthetic(), synthetic() | {"flags": {"other": ["-x"]}, "rounds": 1}
     joined = bench.tables.joined([one, other])
