@@ -15,6 +15,8 @@ from ._triton import device_guard, triton
 
 __all__ = ["FastKernel", "View"]
 
+_PLAIN = frozenset({float, bool, type(None)})  # of which a binary depends on the type alone
+
 
 class View:
     """What the TMA is told of a tensor: a tensor descriptor as a launch reads it, without its checks."""
@@ -24,9 +26,6 @@ class View:
     def __init__(self, base: torch.Tensor, shape: Any, strides: Any, block_shape: list[int], layout: Any) -> None:
         self.base, self.shape, self.strides, self.block_shape, self.layout = base, shape, strides, block_shape, layout
         self.padding, self.round_f32_to_tf32 = "zero", False
-
-
-_PLAIN = frozenset({float, bool, type(None)})
 
 
 def _kind(argument: Any) -> Any:

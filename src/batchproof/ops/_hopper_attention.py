@@ -317,9 +317,7 @@ def _describe(view: View) -> Any:
 _KERNEL = FastKernel(prefill_kernel, _describe)
 
 
-def places_for(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-) -> tuple[int, int, int] | None:  # fmt: skip
+def places_for(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, int, int] | None:
     """``_places`` of both caches; None if the kernel is not for these dtypes, head size and caches."""
     if q.dtype not in DTYPES or k_cache.dtype != q.dtype or q.shape[2] not in HEAD_DIMS:
         return None
