@@ -42,7 +42,7 @@ def compiled(tile: scaled_mm.Tile, blocks: bool, aligned: bool) -> Any:
     return triton.compile(source, target=TARGET, options=options)
 
 
-def compiled_product(shape: _hopper.Shape, fp8: bool, blocks: bool, static_weights: bool) -> Any:
+def compiled_product(shape: _hopper.Shape, fp8: bool, blocks: bool, static_weights: bool, gated: bool = False) -> Any:
     """The binary of the kernel for Hopper; scales for tokens and columns, or for blocks, and a bias."""
     name, dtype, step = ("fp8e4nv", gl.float8e4nv, 128) if fp8 else ("bf16", gl.bfloat16, 64)
 
@@ -55,16 +55,19 @@ def compiled_product(shape: _hopper.Shape, fp8: bool, blocks: bool, static_weigh
     staged = shape.consumers * (shape.width * 128 if shape.swap else 64 * shape.width * 2)
     constants: dict[str, Any] = {
         "CONSUMERS": shape.consumers, "WIDTH": shape.width, "STEP": step,
-        "STAGES": _hopper_product.stages_for(shape, staged), "GROUP": shape.group,
+        "STAGES": _hopper_product.stages_for(shape, staged, gated), "GROUP": shape.group,
         "HAS_SCALES": fp8, "BLOCKS": blocks, "PER_TOKEN": True,
-        "PER_COLUMN": True, "HAS_BIAS": True, "SWAP": shape.swap, "PDL": static_weights, "num_warps": 4,
+        "PER_COLUMN": True, "HAS_BIAS": not gated, "SWAP": shape.swap, "PDL": static_weights,
+        "GATED": gl.bfloat16 if gated else None, "num_warps": 4,
     }  # fmt: skip
     types = {"left_desc": descriptor(64, step, name, dtype), "right_desc": right, "out_desc": out}
     types |= {"scale_a_ptr": "*fp32", "scale_b_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    types |= {"gated_scale_ptr": "*fp32", "out_ptr": "*fp8e4nv"} if gated else {}
+    constants |= {} if gated else {"gated_scale_ptr": None}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in PRODUCT.arg_names}
     aligned = {*types, "num_columns", "k"} - {"left_desc", "right_desc", "out_desc"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n in aligned}
-    options = {"num_warps": 4, "enable_fp_fusion": False, "maxnreg": _hopper_product.registers_for(shape)}
+    options = {"num_warps": 4, "enable_fp_fusion": False, "maxnreg": _hopper_product.registers_for(shape, gated)}
     source = GluonASTSource(PRODUCT, signature, constants, attributes)
     return triton.compile(source, target=TARGET, options=options)
 
@@ -105,6 +108,8 @@ def main() -> None:
         for fp8, blocks, static in ((True, False, True), (True, True, False), (False, False, True)):
             binary = compiled_product(shape, fp8, blocks, static)
             found[f"{shape}, {fp8=}, {blocks=}"] = counts(binary, 4)
+    for shape in (shape for _, shapes in _hopper.SHAPES for shape in shapes if shape.swap):
+        found[f"{shape}, gated"] = counts(compiled_product(shape, True, False, True, gated=True), 8)
     for blocks, tiles in ((False, scaled_mm.HOPPER_TILES), (True, scaled_mm.HOPPER_BLOCK_TILES)):
         for _, tile in tiles:
             for aligned in (True, False):

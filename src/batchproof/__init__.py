@@ -55,6 +55,7 @@ _HOMES = {
     "rope_cos_sin": "ops.rope",
     "sample": "ops.sample",
     "scaled_mm": "ops.scaled_mm",
+    "scaled_mm_silu_and_mul_static_fp8_quant": "ops.scaled_mm_gated",
     "silu": "ops.activation",
     "silu_and_mul": "ops.activation",
     "silu_and_mul_static_fp8_quant": "ops.activation_quant",

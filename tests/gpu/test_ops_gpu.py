@@ -148,6 +148,47 @@ def assert_shapes_agree(product, tokens, weight, expected, **given):
             assert_same((out,), (expected[-rows:],), f"{product}: {shape}, {rows} rows")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scales", ["tensor", "token"])
+@pytest.mark.parametrize(("d", "k"), [(64, 64), (100, 1040), (14336, 4096), (161, 256)])
+def test_the_hopper_product_with_its_activation_has_the_bits_of_the_two(d, k, scales, dtype, device, monkeypatch):
+    """Any number of tokens that it is for, weights read early or not; and the op past them."""
+    from batchproof.ops import _hopper, scaled_mm_gated
+    from batchproof.ops.activation import silu_and_mul
+    from batchproof.ops.activation_quant import silu_and_mul_static_fp8_quant
+
+    skip_unless_hopper(device)
+    generator = torch.Generator(device).manual_seed(k)
+    tokens, weight = (
+        torch.randint(0, 256, (m, k), generator=generator, device=device, dtype=torch.uint8) for m in (48, 2 * d)
+    )
+    tokens[:40][tokens[:40] & 127 == 127] = 0  # NaN stays in the last tokens
+    weight[weight & 127 == 127] = 0
+    tokens, weight = tokens.view(torch.float8_e4m3fn), weight.view(torch.float8_e4m3fn)
+    sizes = ((1,), (1,)) if scales == "tensor" else ((48, 1), (1, 2 * d))
+    scale_a, scale_b = ((torch.rand(size, generator=generator, device=device) + 0.1) * 0.02 for size in sizes)
+    product = scaled_mm_module.scaled_mm(tokens, weight.t(), scale_a, scale_b, None, dtype)
+    scale = silu_and_mul(product)[:40].float().abs().quantile(0.9).reshape(1) / 448.0
+    expected = silu_and_mul_static_fp8_quant(product, scale)
+    values = expected[:40].float().abs()
+    assert (values == 448.0).any()
+    assert ((values > 0) & (values < 448.0)).float().mean() > 0.1
+    taken = []
+    launch = _hopper._kernel()
+    monkeypatch.setattr(
+        _hopper, "_kernel", lambda: lambda *arguments: taken.append(len(arguments[0])) or launch(*arguments)
+    )
+    for rows in (1, 2, 8, 15, 16, 17, 31, 32, 33, 48):
+        some = scale_a if scales == "tensor" else scale_a[-rows:]
+        for static in (False, True):
+            monkeypatch.setattr(_hopper, "_static_weights", static)
+            out = scaled_mm_gated.scaled_mm_silu_and_mul_static_fp8_quant(
+                tokens[-rows:], weight.t(), some, scale_b, scale, dtype
+            )
+            assert_same((out.view(torch.uint8),), (expected[-rows:].view(torch.uint8),), f"{rows} rows, {static=}")
+    assert set(taken) >= {1, 2, 8, 15, 16, 17, 31, 32}
+
+
 @pytest.mark.parametrize("scales", ["tensor", "token", "block", "bias"])
 @pytest.mark.parametrize(("n", "k"), [(320, 64), (200, 4096), (136, 1040), (321, 256)])
 def test_the_hopper_product_of_fp8_has_the_bits_of_every_tile(n, k, scales, device):
@@ -168,7 +209,7 @@ def test_the_hopper_product_of_fp8_has_the_bits_of_every_tile(n, k, scales, devi
     expected = scaled_mm_module.launch(tokens, weight.t(), scale_a, scale_b, bias, torch.bfloat16, tile)
     assert expected[:150].isfinite().all()
     assert expected[150:].isnan().any()
-    scale_a, scale_b = scaled_mm_module._scales(tokens, weight.t(), scale_a, scale_b)
+    scale_a, scale_b = scaled_mm_module.split_scales(tokens, weight.t(), scale_a, scale_b)
     assert_shapes_agree(
         scales, tokens, weight, expected, scale_a=scale_a, scale_b=scale_b, bias=bias, blocks=scales == "block"
     )

@@ -17,6 +17,7 @@ __all__ = [
     "SIDE",
     "Part",
     "Shape",
+    "gated_product",
     "is_hopper",
     "parts_for",
     "product",
@@ -182,4 +183,22 @@ def product(
             None if scale_b is None else scale_b[:, of_scales], None if bias is None else bias[columns],
             blocks, _static_weights,
         )  # fmt: skip
+    return True
+
+
+def gated_product(
+    tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor,
+    dtype: torch.dtype, scale: torch.Tensor,
+) -> bool:  # fmt: skip
+    """Write what ``silu_and_mul_static_fp8_quant`` makes of a product to ``out`` [M, N / 2], if it can; whether it did.
+
+    It can for so few tokens that the weight is on wgmma's side of 64. ``dtype``: of the product, 16 bits.
+    """
+    if not is_hopper(tokens.device) or dtype not in DTYPES:
+        return False
+    shape = shape_for(tokens.shape[0], weight.shape[0], processors(tokens.device))
+    launch = _kernel() if shape.swap and takes(tokens, weight, out, shape) else None
+    if launch is None:
+        return False
+    launch(tokens, weight, out, shape, scale_a, scale_b, None, False, _static_weights, (dtype, scale))
     return True

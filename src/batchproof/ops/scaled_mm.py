@@ -32,7 +32,7 @@ from ._quantize import quantize_per_token_reference
 from ._triton import device_guard, tl, triton
 from .linear import add_pieces, check_pieces
 
-__all__ = ["scaled_mm", "scaled_mm_reference"]
+__all__ = ["scaled_mm", "scaled_mm_reference", "split_scales", "validate"]
 
 FP8 = torch.float8_e4m3fn
 GROUP = 128  # of k that the tensor core adds up by itself; also the side of a block of scales
@@ -64,7 +64,7 @@ def scaled_mm_reference(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:  # fmt: skip
     """The same in float64, rounded once; see ``scaled_mm``."""
-    rows, columns = _scales(a, b, scale_a, scale_b)
+    rows, columns = split_scales(a, b, scale_a, scale_b)
     columns = _of_every_column(columns, b.shape[1])
     out = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float64, device=a.device)
     for j, ks in _groups_in(slice(0, a.shape[1]), rows.shape[1]):
@@ -165,7 +165,7 @@ def launch(
     out = torch.empty((m, n), dtype=out_dtype, device=a.device)
     if out.numel() == 0:
         return out
-    rows, columns = _scales(a, b, scale_a, scale_b)
+    rows, columns = split_scales(a, b, scale_a, scale_b)
     blocks = rows.shape[1] > 1 or columns.shape[1] != n
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b.t()))
     if tile is None and pieces == 1 and product(a, b, out, rows, columns, bias, blocks):
@@ -191,7 +191,7 @@ def _groups_in(ks: slice, scales: int) -> list[tuple[int, slice]]:
     return [(first // GROUP, slice(first, min(first + GROUP, ks.stop))) for first in range(ks.start, ks.stop, GROUP)]
 
 
-def _scales(
+def split_scales(
     a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales as [M, groups] and [groups, N], or [groups, N / 128] for blocks, without a copy."""
@@ -222,32 +222,33 @@ def _expanded(scale: torch.Tensor, size: int, shapes: tuple[tuple[int, ...], ...
     return scale.reshape(size) if tuple(scale.shape) in shapes else None
 
 
-def _validate(
-    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: torch.Tensor | None,
+def validate(
+    op: str, a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: torch.Tensor | None,
     out_dtype: torch.dtype, pieces: int,
 ) -> None:  # fmt: skip
+    """DtypeError, ShapeError or ArgumentError unless ``op`` can multiply these."""
     for name, tensor, wanted in (("a", a, FP8), ("b", b, FP8), ("scale_a", scale_a, None), ("scale_b", scale_b, None)):
-        check_dtype("scaled_mm", name, tensor, (wanted or torch.float32,))
+        check_dtype(op, name, tensor, (wanted or torch.float32,))
     if out_dtype not in FLOAT_DTYPES:
-        raise DtypeError(f"scaled_mm: out_dtype is {out_dtype}, want one of {', '.join(map(str, FLOAT_DTYPES))}")
+        raise DtypeError(f"{op}: out_dtype is {out_dtype}, want one of {', '.join(map(str, FLOAT_DTYPES))}")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
-        raise ShapeError(f"scaled_mm: shapes {tuple(a.shape)} and {tuple(b.shape)}, want [M, K] and [K, N]")
-    _scales(a, b, scale_a, scale_b)
-    check_pieces("scaled_mm", pieces, a.shape[1], GROUP)
+        raise ShapeError(f"{op}: shapes {tuple(a.shape)} and {tuple(b.shape)}, want [M, K] and [K, N]")
+    split_scales(a, b, scale_a, scale_b)
+    check_pieces(op, pieces, a.shape[1], GROUP)
     if bias is not None:
-        check_dtype("scaled_mm", "bias", bias, (out_dtype,))
+        check_dtype(op, "bias", bias, (out_dtype,))
         if tuple(bias.shape) != (b.shape[1],):
-            raise ShapeError(f"scaled_mm: bias has shape {tuple(bias.shape)}, want ({b.shape[1]},)")
+            raise ShapeError(f"{op}: bias has shape {tuple(bias.shape)}, want ({b.shape[1]},)")
 
 
 def _scaled_mm_cpu(
     a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: torch.Tensor | None,
     out_dtype: torch.dtype, pieces: int = 1,
 ) -> torch.Tensor:  # fmt: skip
-    _validate(a, b, scale_a, scale_b, bias, out_dtype, pieces)
+    validate("scaled_mm", a, b, scale_a, scale_b, bias, out_dtype, pieces)
     if a.shape[1] == 0 or b.numel() == 0:
         return scaled_mm_reference(a, b, scale_a, scale_b, bias, out_dtype)
-    rows, columns = _scales(a, b, scale_a, scale_b)
+    rows, columns = split_scales(a, b, scale_a, scale_b)
     columns = _of_every_column(columns, b.shape[1])
     left, right = a.half(), b.half()  # which hold every fp8 number
     sums = []
@@ -271,7 +272,7 @@ def _scaled_mm_cuda(
     a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: torch.Tensor | None,
     out_dtype: torch.dtype, pieces: int = 1,
 ) -> torch.Tensor:  # fmt: skip
-    _validate(a, b, scale_a, scale_b, bias, out_dtype, pieces)
+    validate("scaled_mm", a, b, scale_a, scale_b, bias, out_dtype, pieces)
     return launch(a, b, scale_a, scale_b, None if bias is None else bias.contiguous(), out_dtype, pieces=pieces)
 
 
@@ -279,7 +280,7 @@ def _scaled_mm_fake(
     a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: torch.Tensor | None,
     out_dtype: torch.dtype, pieces: int = 1,
 ) -> torch.Tensor:  # fmt: skip
-    _validate(a, b, scale_a, scale_b, bias, out_dtype, pieces)
+    validate("scaled_mm", a, b, scale_a, scale_b, bias, out_dtype, pieces)
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 

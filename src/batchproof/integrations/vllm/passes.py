@@ -24,6 +24,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynami
 
 from ...ops import activation_quant as _activation_quant  # noqa: F401 - defines the op
 from ...ops import rms_norm_quant as _rms_norm_quant  # noqa: F401 - defines the ops
+from ...ops import scaled_mm_gated as _scaled_mm_gated  # noqa: F401 - defines the op
 from .log import logger
 from .plugin import fuses_activation_quant, fuses_norm_quant
 
@@ -70,11 +71,15 @@ class _FusionPass(VllmPatternMatcherPass):
     def learn(self, graph: fx.Graph) -> None:
         """Add the patterns that a graph may need."""
 
+    def follow(self, graph: fx.Graph) -> None:
+        """Replace what the new nodes are fused with in their turn."""
+
     @VllmInductorPass.time_and_log
     def __call__(self, graph: fx.Graph) -> None:
         """Fuse in place."""
         self.learn(graph)
         self.matched_count = self.patterns.apply(graph)
+        self.follow(graph)
         self.match_table[self.pass_name] += self.matched_count
         logger.debug("batchproof fused %d %ss with their quantisation", self.matched_count, self.what)
 
@@ -116,7 +121,8 @@ class NormQuantFusionPass(_FusionPass):
 class ActivationQuantFusionPass(_FusionPass):
     """Replace SiLU-and-multiply and the static fp8 quantisation of its output by the op that does both.
 
-    The activation is then batchproof's, whose exponential may differ from the compiler's by an ulp.
+    The activation is then batchproof's, whose exponential may differ from the compiler's by an ulp. With batchproof's
+    fp8 product before it, it becomes one op with that.
     """
 
     what = "activation"
@@ -133,6 +139,26 @@ class ActivationQuantFusionPass(_FusionPass):
         pm.register_replacement(
             pattern, _ops.silu_and_mul_static_fp8_quant.default, [_example(5, 16), _scale()], pm.fwd_only, self.patterns
         )
+        self.of_products = pm.PatternMatcherPass(pass_name="batchproof_product_activation_quant")
+        for dtype in (torch.bfloat16, torch.float16):
+            self._register_product(dtype)
+
+    def follow(self, graph: fx.Graph) -> None:
+        """One op of a product and its activation."""
+        logger.debug("batchproof fused %d products with their activation", self.of_products.apply(graph))
+
+    def _register_product(self, dtype: torch.dtype) -> None:
+        def pattern(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, scale: Tensor) -> Tensor:
+            product = _ops.scaled_mm.default(a, b, scale_a, scale_b, None, dtype)
+            out: Tensor = _ops.silu_and_mul_static_fp8_quant.default(product, scale)
+            return out
+
+        def replacement(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, scale: Tensor) -> Tensor:
+            out: Tensor = _ops.scaled_mm_silu_and_mul_static_fp8_quant.default(a, b, scale_a, scale_b, scale, dtype)
+            return out
+
+        inputs = [_example(5, 32).to(_FP8), _example(16, 32).to(_FP8).t(), _scale(), _scale(), _scale()]
+        pm.register_replacement(pattern, replacement, inputs, pm.fwd_only, self.of_products)
 
 
 def _forms(graph: fx.Graph) -> Iterator[Form]:
