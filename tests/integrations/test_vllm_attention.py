@@ -1,5 +1,6 @@
 """vLLM's attention over ours: which calls are taken, with what arguments, and what is left to vLLM."""
 
+import dataclasses
 import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from batchproof.integrations.vllm import hooks, log
-from batchproof.integrations.vllm.attention import NEUTRAL, attention_over_ours
+from batchproof.integrations.vllm.attention import NEUTRAL, OF_IMPL, OF_STEP, attention_over_ours, forward_over_ours
 from batchproof.integrations.vllm.attention_hooks import triton_first
 from batchproof.integrations.vllm.hooks import HOOKS
 from batchproof.numerics import first_mismatch
@@ -108,6 +109,83 @@ def test_what_is_asked_beyond_that_stays_vllms_and_the_log_says_so(call, attend,
     assert all(given[key] is call[key] for key in call)
 
 
+class Impl:
+    """What vLLM's ``TritonAttentionImpl`` has of a layer."""
+
+    def __init__(self):
+        self.__dict__ |= OF_IMPL
+        self.head_size, self.scale, self.logits_soft_cap, self.sinks = HEAD_DIM, 0.25, 0.0, None
+        self.sliding_window = (-1, -1)
+
+
+def forwarded(call, vllms, ours=True, impl=None, kv_cache=None, given=None, **changes):
+    """A call of ``forward``: three tokens, of which the last pads the batch."""
+    step = OF_STEP | {
+        "num_actual_tokens": 3, "max_query_len": 2, "query_start_loc": call["cu_seqlens_q"],
+        "seq_lens": call["seqused_k"], "block_table": call["block_table"],
+    } | changes  # fmt: skip
+    forward = forward_over_ours(lambda *arguments: vllms.append(arguments) or "vllm", lambda: ours)
+    query = torch.cat((call["q"], torch.full_like(call["q"][:1], float("nan"))))
+    out = torch.full(query.shape, 7.0).to(call["out"].dtype)
+    kv_cache = torch.cat((call["k"], call["v"]), -1).transpose(1, 2) if kv_cache is None else kv_cache
+    returned = forward(impl or Impl(), None, query, None, None, kv_cache, SimpleNamespace(**step), out, *(given or ()))
+    return returned, out
+
+
+@pytest.mark.parametrize(("window", "softcap"), [((-1, -1), 0.0), ((4, 0), 3.0)])
+def test_a_layer_goes_straight_to_ours(call, vllms, window, softcap):
+    impl = Impl()
+    impl.sliding_window, impl.logits_soft_cap = window, softcap
+    plain = [call[name] for name in ("q", "k", "v", "cu_seqlens_q", "seqused_k", "block_table")]
+    wanted = launch(*plain, 2, 0.25, causal=True, window=window[0] + 1, softcap=softcap)
+    returned, out = forwarded(call, vllms, impl=impl)
+    assert returned is out
+    assert first_mismatch(out[:3], wanted) is None
+    assert bool((out[3] == 7.0).all()), "the token that pads the batch"
+    other = dict(call, k=call["k"] * 2.0)
+    assert first_mismatch(forwarded(other, vllms, impl=impl)[1][:3], wanted) is not None, "another cache"
+    assert not vllms
+
+
+def test_a_layer_may_quantise_its_output(call, vllms):
+    scale = torch.tensor(0.02)
+    plain = [call[name] for name in ("q", "k", "v", "cu_seqlens_q", "seqused_k", "block_table")]
+    wanted = quantize_static_fp8_reference(launch(*plain, 2, 0.25, causal=True, window=0, softcap=0.0), scale)
+    call["out"] = call["out"].to(FP8)
+    _, out = forwarded(call, vllms, given=(scale,))
+    assert first_mismatch(out[:3].view(torch.uint8), wanted.view(torch.uint8)) is None
+    assert not vllms
+
+
+def test_a_step_that_measures_memory_has_no_cache_yet(vllms):
+    forward = forward_over_ours(lambda *arguments: vllms.append(arguments) or "vllm", lambda: True)
+    q = torch.zeros(2, 4, HEAD_DIM)
+    assert forward(Impl(), None, q, q, q, torch.tensor([]), None, torch.empty_like(q)) == "vllm"
+    assert len(vllms) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ours": False}, {"use_cascade": True}, {"causal": False}, {"causal": torch.tensor([True, False])},
+        {"mm_prefix_range_tensor": torch.zeros(2)}, {"rswa_prefix_lens": torch.zeros(2)}, {"rswa_window": 4},
+        {"given": (torch.tensor(0.02),)}, {"given": (None, torch.ones(1))},
+        {"kv_cache": torch.zeros(4, KV_HEADS, PAGE, 2 * HEAD_DIM).to(FP8)},
+        {"kv_cache": torch.zeros(4, KV_HEADS, PAGE, 2 * HEAD_DIM).bfloat16()},
+        *({"impl": name} for name in (*OF_IMPL, "sliding_window")),
+    ],
+    ids=lambda change: " ".join(map(str, change)) + (f" {change['impl']}" if "impl" in change else ""),
+)  # fmt: skip
+def test_what_a_layer_asks_beyond_that_goes_vllms_way(call, vllms, change):
+    if "impl" in change:
+        impl = Impl()
+        setattr(impl, change["impl"], (4, 4) if change["impl"] == "sliding_window" else "other")
+        change = {"impl": impl}
+    assert forwarded(call, vllms, **change)[0] == "vllm"
+    assert len(vllms) == 1
+    assert len(vllms[0]) == 10
+
+
 def priorities(use_mla, device_capability, num_heads=None, kv_cache_dtype=None, use_non_causal=False):
     return [SimpleNamespace(name=name) for name in ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION")]
 
@@ -152,7 +230,30 @@ def test_the_hook_notes_models_that_see_prompts_both_ways(call, monkeypatch, vll
     ):  # fmt: skip
         vllms.append(out)
 
+    @dataclasses.dataclass
+    class Metadata:
+        use_cascade: bool
+        causal: bool
+        mm_prefix_range_tensor: None
+        rswa_prefix_lens: None
+        rswa_window: None
+
+    class TritonAttentionImpl:
+        def __init__(self):
+            self.attn_type = None
+            self.alibi_slopes = None
+            self.use_alibi_sqrt = None
+            self.chunk_lookback = None
+            self._kv_quant_mode = None
+            self._is_per_token_head_quant = None
+
+        def forward(
+            self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
+        ):
+            raise AssertionError
+
     backend = ModuleType("triton_attn")
+    backend.TritonAttentionImpl, backend.TritonAttentionMetadata = TritonAttentionImpl, Metadata
     backend.unified_attention, backend.TritonAttentionMetadataBuilder = unified_attention, Builder
     monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.triton_attn", backend)
     platform = ModuleType("cuda")

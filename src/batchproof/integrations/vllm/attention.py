@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ from ...ops._library import FLOAT_DTYPES
 from ...ops.attention import FP8, launch
 from .log import say_that_it_stays_vllms
 
-__all__ = ["NEUTRAL", "attention_over_ours", "why_vllms"]
+__all__ = ["NEUTRAL", "OF_IMPL", "OF_STEP", "attention_over_ours", "forward_over_ours", "why_vllms"]
 
 # What vLLM's ``unified_attention`` is asked for beyond paged attention, and what it is where it is not asked for.
 NEUTRAL: dict[str, Any] = {
@@ -82,3 +82,71 @@ def attention_over_ours(original: Callable[..., None], is_ours: Callable[[], boo
         )  # fmt: skip
 
     return unified_attention
+
+
+# What ``TritonAttentionImpl`` has of a layer, and what it is where ``unified_attention`` is asked for nothing beyond
+OF_IMPL: dict[str, Any] = {
+    "attn_type": "decoder", "alibi_slopes": None, "use_alibi_sqrt": False, "chunk_lookback": -1, "_kv_quant_mode": 0,
+    "_is_per_token_head_quant": False,
+}  # fmt: skip
+OF_STEP: dict[str, Any] = {
+    "use_cascade": False, "causal": True, "mm_prefix_range_tensor": None, "rswa_prefix_lens": None, "rswa_window": None,
+}  # fmt: skip
+
+
+class _Layer(NamedTuple):
+    """What all calls of a layer have in common. ``k`` and ``v`` are views of ``kv_cache``; None if it is not ours."""
+
+    kv_cache: torch.Tensor
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+    window: int
+
+
+def _describe(impl: Any, kv_cache: torch.Tensor) -> _Layer:
+    plain = all(getattr(impl, name) == neutral for name, neutral in OF_IMPL.items())
+    behind, ahead = impl.sliding_window
+    paged = kv_cache.dim() == 4 and kv_cache.dtype in FLOAT_DTYPES
+    if not plain or not paged or not (behind == -1 or (behind >= 0 and ahead == 0)):
+        return _Layer(kv_cache, None, None, 0)
+    k, v = kv_cache.transpose(1, 2).split(impl.head_size, dim=-1)
+    return _Layer(kv_cache, k, v, behind + 1)
+
+
+def forward_over_ours(original: Callable[..., Any], is_ours: Callable[[], bool]) -> Callable[..., Any]:
+    """vLLM's ``TritonAttentionImpl.forward``, straight to ours where nothing is asked but paged attention.
+
+    It does what ``attention_over_ours`` does, without the views and arguments that vLLM makes for it in every layer: a
+    prefill runs in pieces, between which the GPU waits for the host.
+    """
+
+    @functools.wraps(original)
+    def forward(
+        self: Any, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
+        attn_metadata: Any, output: torch.Tensor, output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        step = attn_metadata
+        known: _Layer | None = self.__dict__.get("batchproof")
+        if step is not None and (known is None or known.kv_cache is not kv_cache):
+            known = self.batchproof = _describe(self, kv_cache)
+        if (
+            step is None or known is None or known.k is None or known.v is None or output_block_scale is not None
+            or step.use_cascade or step.causal is not True or step.mm_prefix_range_tensor is not None
+            or step.rswa_prefix_lens is not None or step.rswa_window is not None
+            or query.dtype != kv_cache.dtype or output.dtype != (query.dtype if output_scale is None else FP8)
+            or not output.is_contiguous() or not is_ours()
+        ):  # fmt: skip
+            return original(
+                self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        count, out = step.num_actual_tokens, output
+        if count != query.shape[0]:
+            query, out = query[:count], output[:count]
+        launch(
+            query, known.k, known.v, step.query_start_loc, step.seq_lens, step.block_table, step.max_query_len,
+            self.scale, True, known.window, self.logits_soft_cap, None, self.sinks, out_scale=output_scale, out=out,
+        )  # fmt: skip
+        return output
+
+    return forward

@@ -5,8 +5,10 @@ As in ``hooks``, everything of vLLM is imported inside the functions.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -20,22 +22,35 @@ _ATTENDS = [
     "q", "k", "v", "out", "cu_seqlens_q", "max_seqlen_q", "seqused_k", "max_seqlen_k", "softmax_scale", "causal",
     "window_size", "block_table", "softcap",
 ]  # fmt: skip
+_FORWARD = [
+    "self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output", "output_scale",
+    "output_block_scale",
+]  # fmt: skip
 _PLATFORM = "vllm.platforms.cuda"  # which tries backends by _get_backend_priorities, unless one is asked for
 _CHOOSES_BY = ["use_mla", "device_capability", "num_heads", "kv_cache_dtype", "use_non_causal"]
 
 
 def probe_attention() -> str | None:
     """What is missing of the Triton backend, or of how vLLM chooses it; None if nothing."""
-    from .attention import NEUTRAL
+    from .attention import NEUTRAL, OF_IMPL, OF_STEP
 
     module = import_module(_ATTENTION)
-    absent = lacks(module, "unified_attention", "TritonAttentionMetadataBuilder")
+    names = ("unified_attention", "TritonAttentionMetadataBuilder", "TritonAttentionImpl", "TritonAttentionMetadata")
+    absent = lacks(module, *names)
     if absent:
         return absent
-    found = inspect.signature(module.unified_attention).parameters
-    if list(found)[: len(_ATTENDS)] != _ATTENDS:
-        return f"unified_attention begins with {list(found)[: len(_ATTENDS)]}, want {_ATTENDS}"
-    unknown = [name for name in (*NEUTRAL, "sinks", "output_scale") if name not in found]
+    found = list(inspect.signature(module.TritonAttentionImpl.forward).parameters)
+    if found != _FORWARD:
+        return f"TritonAttentionImpl.forward takes {found}, want {_FORWARD}"
+    of_impl = set(re.findall(r"self\.(\w+) = ", inspect.getsource(module.TritonAttentionImpl.__init__)))
+    of_step = {field.name for field in dataclasses.fields(module.TritonAttentionMetadata)}
+    missing = (OF_IMPL.keys() - of_impl) | (OF_STEP.keys() - of_step)
+    if missing:
+        return f"TritonAttentionImpl or its metadata has no {', '.join(sorted(missing))}"
+    takes = list(inspect.signature(module.unified_attention).parameters)
+    if takes[: len(_ATTENDS)] != _ATTENDS:
+        return f"unified_attention begins with {takes[: len(_ATTENDS)]}, want {_ATTENDS}"
+    unknown = [name for name in (*NEUTRAL, "sinks", "output_scale") if name not in takes]
     if unknown:
         return f"unified_attention has no {', '.join(unknown)}"
     if "vllm_config" not in inspect.signature(module.TritonAttentionMetadataBuilder.__init__).parameters:
@@ -50,7 +65,7 @@ def probe_attention() -> str | None:
 
 def install_attention() -> None:
     """Ours under the Triton backend's ``unified_attention``, and that backend before others where none is asked for."""
-    from .attention import attention_over_ours
+    from .attention import attention_over_ours, forward_over_ours
 
     module: Any = import_module(_ATTENTION)
     if hasattr(module.unified_attention, "__wrapped__"):
@@ -67,6 +82,8 @@ def install_attention() -> None:
 
     builder.__init__ = note_and_build
     module.unified_attention = attention_over_ours(module.unified_attention, lambda: not any(prefixes))
+    impl = module.TritonAttentionImpl
+    impl.forward = forward_over_ours(impl.forward, lambda: not any(prefixes))
     platform: Any = import_module(_PLATFORM)
     platform._get_backend_priorities = triton_first(platform._get_backend_priorities)
 
