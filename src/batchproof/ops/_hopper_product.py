@@ -200,14 +200,6 @@ def _sum_steps(
     return totals
 
 
-@gluon.constexpr_function
-def _together(width, promote, gated):
-    """Steps on the tensor core at a time: a wide tile has no registers for more sums, nor one of gates and factors."""
-    if width > 32:
-        return 2 if promote else 1
-    return 2 if gated else 4
-
-
 @gluon.jit
 def _gated(gate, up, scale_ptr):
     """What ``silu_and_mul_static_fp8_quant`` makes of gates and factors."""
@@ -232,7 +224,8 @@ def _compute(
     TOKEN_AXIS: gl.constexpr = 1 if SWAP else 0
     SCALE: gl.constexpr = HAS_SCALES and not BLOCKS
     SOON: gl.constexpr = WIDTH <= 32 or not (PER_TOKEN or PER_COLUMN)  # where there are registers to hold scales
-    TOGETHER: gl.constexpr = _together(WIDTH, PROMOTE, GATED is not None)
+    FEW: gl.constexpr = WIDTH <= 32 and GATED is None
+    TOGETHER: gl.constexpr = 4 if FEW else 2 if PROMOTE else 1  # steps: a wide tile has no registers for more sums
     if PDL:
         gdc_wait()
     done = 0
@@ -295,8 +288,7 @@ def _compute(
 @gluon.jit(do_not_specialize=["num_tokens", "scale_a_row", "scale_a_group"])
 def _product_kernel(
     left_desc, right_desc, out_desc, scale_a_ptr, scale_b_ptr, bias_ptr, gated_scale_ptr, out_ptr,
-    num_tokens, num_columns, k,
-    scale_a_row, scale_a_group, scale_b_group, scale_b_column,
+    num_tokens, num_columns, k, scale_a_row, scale_a_group, scale_b_group, scale_b_column,
     CONSUMERS: gl.constexpr, WIDTH: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, HAS_SCALES: gl.constexpr, BLOCKS: gl.constexpr, PER_TOKEN: gl.constexpr,
     PER_COLUMN: gl.constexpr, HAS_BIAS: gl.constexpr, SWAP: gl.constexpr, PDL: gl.constexpr, GATED: gl.constexpr,
@@ -419,6 +411,7 @@ def launch(
     shared = stages * (shape.height * (1 + is_gated) + shape.width) * STEP_BYTES + staged + 2048
     beside = 1 if shape.consumers == 2 else max(1, MOST_SHARED // shared)
     scales = (out, out) if scale_a is None or scale_b is None else (scale_a, scale_b)  # not read if there are none
+    strides = (*scales[0].stride(), *scales[1].stride())
     keywords = {
         "CONSUMERS": shape.consumers, "WIDTH": shape.width, "STEP": step, "STAGES": stages, "GROUP": shape.group,
         "HAS_SCALES": scale_a is not None, "BLOCKS": blocks,
@@ -430,10 +423,7 @@ def launch(
     }  # fmt: skip
     _KERNEL(
         (min(shape.tiles(m, n), processors(tokens.device) * beside),), tokens,
-        (
-            left_desc, right_desc, out_desc, *scales, bias, gated and gated[1], out, m, n, k,
-            *scales[0].stride(), *scales[1].stride(),
-        ),
+        (left_desc, right_desc, out_desc, *scales, bias, gated and gated[1], out, m, n, k, *strides),
         keywords,
     )  # fmt: skip
     return out
