@@ -72,14 +72,14 @@ def compiled_product(shape: _hopper.Shape, fp8: bool, blocks: bool, static_weigh
     return triton.compile(source, target=TARGET, options=options)
 
 
-def compiled_prefill(name: str, dtype: Any, head_dim: int, page_size: int, options: bool) -> Any:
+def compiled_prefill(name: str, dtype: Any, head_dim: int, page_size: int, options: bool, consumers: int) -> Any:
     """The binary of attention's kernel for Hopper; ``options``: with a window, a soft cap and sinks, and not causal."""
     box = [_hopper_attention.PAGE, _hopper_attention.COLUMNS.value]
     descriptor = f"tensordesc<{name}{box},{gl.NVMMASharedLayout.get_default_for(box, dtype)!r}>"
     constants: dict[str, Any] = {
-        "NUM_HEADS": 32, "GROUP": 4, "GROUP_PADDED": 4, "HEAD_DIM": head_dim, "TILE": attention.TILE,
-        "SPLIT": attention.SPLIT, "STAGES": _hopper_attention.STAGES, "PAGE_SIZE": page_size, "CAUSAL": not options,
-        "HAS_WINDOW": options, "HAS_SOFTCAP": options, "num_warps": 4,
+        "CONSUMERS": consumers, "NUM_HEADS": 32, "GROUP": 4, "GROUP_PADDED": 4, "HEAD_DIM": head_dim,
+        "TILE": attention.TILE, "SPLIT": attention.SPLIT, "STAGES": _hopper_attention.STAGES[consumers],
+        "PAGE_SIZE": page_size, "CAUSAL": not options, "HAS_WINDOW": options, "HAS_SOFTCAP": options, "num_warps": 4,
     }  # fmt: skip
     types = {"k_desc": descriptor, "v_desc": descriptor, "q_ptr": f"*{name}", "out_ptr": f"*{name}"}
     types |= {"odd_ptr": "*i32", "cu_seqlens_q_ptr": "*i32", "seqused_k_ptr": "*i32", "block_table_ptr": "*i32"}
@@ -96,14 +96,14 @@ def compiled_prefill(name: str, dtype: Any, head_dim: int, page_size: int, optio
 def main() -> None:
     """Every tile and shape, with one scale a row and with blocks, aligned and not; and the kernel of attention."""
     found = {}
-    for name, dtype, head_dim, page_size, options in (
-        ("bf16", gl.bfloat16, 128, 16, False), ("bf16", gl.bfloat16, 128, 64, True),
-        ("fp16", gl.float16, 128, 256, False), ("bf16", gl.bfloat16, 64, 32, True),
+    for name, dtype, head_dim, page_size, options, consumers in (
+        ("bf16", gl.bfloat16, 128, 16, False, 2), ("bf16", gl.bfloat16, 128, 64, True, 3),
+        ("fp16", gl.float16, 128, 256, False, 3), ("bf16", gl.bfloat16, 64, 32, True, 2),
     ):  # fmt: skip
-        binary = compiled_prefill(name, dtype, head_dim, page_size, options)
-        # of two consumers: scores, the sums of rows, and totals
-        steps = 2 * (head_dim // 16 + 2 * attention.TILE // 16)
-        found[f"attention, {name}, {head_dim=}, {page_size=}, {options=}"] = counts(binary, steps)
+        binary = compiled_prefill(name, dtype, head_dim, page_size, options, consumers)
+        # scores of the first tile; then sums of rows, totals and scores of each
+        steps = consumers * (2 * head_dim // 16 + 2 * attention.TILE // 16)
+        found[f"attention, {name}, {head_dim=}, {page_size=}, {options=}, {consumers=}"] = counts(binary, steps)
     for shape in (shape for _, shapes in _hopper.SHAPES for shape in shapes):
         for fp8, blocks, static in ((True, False, True), (True, True, False), (False, False, True)):
             binary = compiled_product(shape, fp8, blocks, static)

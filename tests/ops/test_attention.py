@@ -722,10 +722,21 @@ def test_a_plan_is_made_of_shapes(sequences, queries, splits, block, grid, worke
     assert plan == plans.Plan(block, 4, tokens, grid, workers)
 
 
-@pytest.mark.parametrize(("queries", "workers"), [(512, 1), (192, 1), (128, 16), (64, 16)])
-def test_the_kernel_for_hopper_needs_no_workers_unless_its_programs_are_few(queries, workers):
-    """Of 8 key heads and 4 query heads each, 32 tokens are a program: 128 of them, 48, 32 and 16."""
+@pytest.mark.parametrize(
+    ("queries", "consumers", "programs"),
+    [(8192, 3, 171), (1600, 3, 34), (1536, 2, 48), (512, 2, 16), (192, 2, 6), (128, 0, 4), (64, 0, 2)],
+)
+def test_the_kernel_for_hopper_needs_no_workers_unless_its_programs_are_few(queries, consumers, programs):
+    """Of 8 key heads and 4 query heads each, 16 tokens are a consumer's; a program has three if there are many."""
     shape, splits = (queries, 32, 128), 16
     plan = plans.plan_for(shape, 1, 8, queries, splits, True, multiprocessors=132, hopper=True)
-    assert plan.workers == workers
-    assert plans.plan_for(shape, 1, 8, queries, splits, True, multiprocessors=132).workers > 1
+    assert plan.consumers == consumers
+    assert (plan.workers == 1) == bool(consumers)
+    assert plan.grid == (1, 8, programs * max(1, consumers))
+    assert plan.block == (plans.CONSUMER if consumers else plans.PREFILL)
+    assert plans.plan_for(shape, 1, 8, queries, splits, True, multiprocessors=132).consumers == 0
+
+
+def test_a_token_of_more_rows_than_a_consumer_is_not_for_the_kernel_for_hopper():
+    plan = plans.plan_for((512, 128, 128), 1, 1, 512, 16, True, multiprocessors=132, hopper=True)
+    assert (plan.block, plan.consumers) == (plans.PREFILL, 0)

@@ -50,7 +50,8 @@ def test_a_cache_that_the_tma_cannot_read_is_left_to_the_other_kernel():
 
 @hostile
 @interpreted
-def test_only_what_is_odd_is_computed_again(monkeypatch, generator):
+@pytest.mark.parametrize("consumers", [2, 3])
+def test_only_what_is_odd_is_computed_again(consumers, monkeypatch, generator):
     """The kernel for all writes the rows past what there is room for, and the programs that have a flag."""
     cache = Cache(generator, [200, 70], 4, 2, 16, torch.float16)
     arguments = cache.arguments({0: (0, 200), 1: (0, 70)})
@@ -58,19 +59,20 @@ def test_only_what_is_odd_is_computed_again(monkeypatch, generator):
     programs = {}
 
     def launch(q, *rest):
-        out, grid = rest[3], rest[-4]
-        programs["grid"], programs["out"] = grid, out.fill_(7.0)
-        odd = torch.zeros(*grid, 2, dtype=torch.int32)
-        odd[0, 1, 2, 1] = odd[1, 0, 1, 0] = 1
+        out, grid = rest[3], rest[-5]
+        programs["grid"], programs["out"] = (*grid, rest[-4]), out.fill_(7.0)
+        odd = torch.zeros(*grid, consumers, dtype=torch.int32)
+        odd.flatten(2)[0, 1, 5] = odd.flatten(2)[1, 0, 2] = 1
         return odd.flatten()
 
+    monkeypatch.setattr(module, "processors", lambda device: 1 if consumers == 3 else 132)
     monkeypatch.setattr(module, "is_hopper", lambda device: True)
     monkeypatch.setattr(hopper, "places_for", lambda q, k_cache, v_cache: (1, 0, 0))
     monkeypatch.setattr(hopper, "launch", launch)
     out = launched(arguments, 1)
-    assert programs["grid"] == (2, 2, 4), "of 64 tokens each"
+    assert programs["grid"] == (2, 2, {2: 4, 3: 3}[consumers], consumers), "of 32 tokens a consumer"
     again = torch.zeros(270, 4, dtype=torch.bool)
-    again[128:192, 2:] = again[200 + 64 : 270, :2] = True
+    again[160:192, 2:] = again[200 + 64 : 270, :2] = True
     assert first_mismatch(out[again], expected[again]) is None
     assert bool((out[~again] == 7.0).all())
 
@@ -97,21 +99,26 @@ def taken(monkeypatch):
 
     def note(*arguments):
         odd = launch(*arguments)
-        starts, (sequences, kv_heads, blocks), group = arguments[5], *arguments[-4:-2]
-        begins = torch.arange(blocks, device=odd.device) * (hopper.ROWS // group)
+        starts, (sequences, kv_heads, blocks), consumers, group = arguments[5], *arguments[-5:-2]
+        begins = torch.arange(blocks, device=odd.device) * (consumers * plans.CONSUMER.rows // group)
         has_queries = begins < starts.diff()[:, None]
+        assert consumers == (2 if plans.MANY else 3)
         if not torch.cuda.is_current_stream_capturing():
-            flags.append(bool(odd.view(sequences, kv_heads, blocks, 2).amax((1, 3))[has_queries].any()))
+            flags.append(bool(odd.view(sequences, kv_heads, blocks, consumers).amax((1, 3))[has_queries].any()))
         return odd
 
     monkeypatch.setattr(hopper, "launch", note)
     return flags
 
 
-@pytest.fixture
-def on_hopper(generator):
+@pytest.fixture(params=[2, 3], ids="{} consumers".format)
+def on_hopper(request, monkeypatch, generator):
     if not is_hopper(generator.device):
         pytest.skip("needs a Hopper GPU")
+    monkeypatch.setattr(plans, "MANY", 0 if request.param == 3 else 10**9)
+    plans.plan_for.cache_clear()
+    yield
+    plans.plan_for.cache_clear()
 
 
 @pytest.mark.gpu

@@ -236,7 +236,7 @@ def attention_kernel(
     ``largest`` and ``normaliser`` [num_tokens, NUM_HEADS, splits] and ``total`` [.., splits, HEAD_DIM], where a
     sequence's splits are counted from the first that any of its queries sees; or to ``out`` if there is but one.
     ONE_TOKEN: no sequence has two queries.
-    ``odd`` [programs, 2]: if given, all is written but what programs with a flag there have; see ``_hopper_attention``.
+    ``odd`` [programs]: if given, all is written but what programs with a flag there have; see ``_hopper_attention``.
     """
     wait_for_inputs(PDL)
     launch_dependents(PDL)
@@ -268,7 +268,7 @@ def attention_kernel(
         return
     if odd_ptr is not None:
         program = (sequence * tl.num_programs(1) + tl.program_id(1)) * blocks + block
-        if tl.max(tl.load(odd_ptr + program * 2 + tl.arange(0, 2)), axis=0) == 0:
+        if tl.load(odd_ptr + program) == 0:
             return
 
     token = start_token + rows // GROUP_PADDED

@@ -37,11 +37,12 @@ class Block:
 
 DECODE = Block(16, 4, 3)
 DECODES = Block(16, 2, 2)  # where there are so many that bandwidth counts, not latency
-PREFILL = Block(128, 8, 3)  # for which Hopper has a kernel of its own
-BLOCKS = (DECODE, Block(64, 4, 2), PREFILL)  # the first that holds a sequence's rows, or the last
+CONSUMER = Block(64, 4, 2)
+PREFILL = Block(128, 8, 3)  # for which Hopper has a kernel of its own, whose programs have consumers of 64 rows
+BLOCKS = (DECODE, CONSUMER, PREFILL)  # the first that holds a sequence's rows, or the last
 WIDE_BLOCKS = (Block(16, 4, 2), Block(64, 8, 2))  # heads of more than 128: an output of as many registers
 FEW = 3  # programs of the kernel for Hopper that there are multiprocessors for: with fewer, splits are shared out
-MANY = 2  # programs for each of a GPU's multiprocessors: then they hide each other's latency
+MANY = 2  # programs for each of a GPU's multiprocessors: then they hide each other's latency, or may be larger
 
 
 def block_for(rows: int, group: int, head_dim: int, several: bool) -> Block:
@@ -76,6 +77,7 @@ class Plan:
     """How a batch is shared out to programs; no bit depends on it.
 
     ``group``: rows of one token, a power of two; ``tokens``: of a sequence in a program; ``grid``: of one worker each.
+    ``consumers``: so many programs' rows are one's of the kernel for Hopper; 0 if that is not for the batch.
     """
 
     block: Block
@@ -83,6 +85,7 @@ class Plan:
     tokens: int
     grid: tuple[int, int, int]
     workers: int
+    consumers: int = 0
 
 
 @lru_cache(maxsize=4096)
@@ -99,14 +102,21 @@ def plan_for(
     num_tokens, num_heads, head_dim = q_shape
     group = triton.next_power_of_2(num_heads // kv_heads)
     chosen = block or block_for(group * max_seqlen_q, group, head_dim, several)
+    hopper = hopper and chosen is PREFILL and group <= CONSUMER.rows
     tokens = 1 if max_seqlen_q == 1 else chosen.rows // group
     grid = (num_sequences, kv_heads, triton.cdiv(max_seqlen_q, tokens))
     programs = math.prod(grid)
-    if workers is None and hopper and chosen is PREFILL and programs * FEW >= multiprocessors:
+    if workers is None and hopper and programs * FEW >= multiprocessors:
         workers = 1
     elif workers is None:
         scratch = 4 * num_tokens * num_heads * splits * (head_dim + 2)
         workers = workers_for(programs, splits, scratch, multiprocessors)
+    if hopper and workers == 1:
+        tokens = CONSUMER.rows // group
+        blocks = triton.cdiv(max_seqlen_q, 3 * tokens)
+        consumers = 3 if num_sequences * kv_heads * blocks >= MANY * multiprocessors else 2
+        blocks = consumers * triton.cdiv(max_seqlen_q, consumers * tokens)
+        return Plan(CONSUMER, group, tokens, (num_sequences, kv_heads, blocks), 1, consumers)
     # Without workers, of which a launch has as many as the block table has room for splits: most may find no key
     if block is None and chosen is DECODE and programs >= MANY * multiprocessors:
         chosen = DECODES

@@ -31,7 +31,7 @@ from ..errors import ArgumentError, ShapeError
 from ..registry import OpSpec, register_spec
 from ._attention_cpu import attend_paged, slots_of, visible_keys
 from ._attention_kernels import attention_kernel, merge_kernel
-from ._attention_plan import PREFILL, Block, Plan, plan_for
+from ._attention_plan import Block, Plan, plan_for
 from ._fast_launch import FastKernel
 from ._hopper import is_hopper
 from ._library import (
@@ -177,10 +177,10 @@ def launch(
         max_seqlen_q == 1, plan, SPLIT, TILE, tuple(launch_options(q).items()),
     )  # fmt: skip
     odd = None  # what is left for attention_kernel to do; None for all
-    if hopper and places is not None and plan.block == PREFILL and plan.workers == 1:
+    if hopper and places is not None and plan.consumers:
         odd = hopper.launch(
             q, k_cache, v_cache, places, out, *sequences[:2], block_table, sinks, out_scale, softmax_scale, causal,
-            window, softcap, plan.grid, plan.group, TILE, SPLIT,
+            window, softcap, (*plan.grid[:2], plan.grid[2] // plan.consumers), plan.consumers, plan.group, TILE, SPLIT,
         )  # fmt: skip
     _ATTENTION(
         (*plan.grid[:2], plan.grid[2] * plan.workers), q,
