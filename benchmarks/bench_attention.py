@@ -1,4 +1,4 @@
-"""Attention over a paged cache against other libraries', bf16, from one sequence of 128k keys to prefills of 8k.
+"""Attention over a paged cache against other libraries', bf16: decodes to 128k keys, prefills to 8k, and both at once.
 
 Keys and values are read from memory: the sets a graph goes over exceed the L2 cache twice. FlashAttention-3 is run with
 the number of splits it chooses by the batch, and with one, which is what vLLM pins it to in its batch-invariant mode.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,10 +42,11 @@ MODELS = {
     "Llama-70B TP8": Heads(8, 1, 128),
     "Gemma-2-9B": Heads(16, 8, 256),
 }
-# Sequences, queries of each, keys of each
+Case = tuple[tuple[int, int, int], ...]  # kinds of sequences: how many, queries of each, keys of each
 DECODES = ((1, 1024), (1, 32768), (1, 131072), (8, 160), (8, 1024), (32, 1024), (64, 2048), (256, 1024))
 PREFILLS = ((1, 512, 512), (1, 512, 8192), (1, 2048, 2048), (1, 8192, 8192), (8, 1024, 1024))
-CASES = (*((batch, 1, keys) for batch, keys in DECODES), *PREFILLS)
+MIXED = (((255, 1, 1024), (1, 512, 2048)), ((112, 1, 1024), (16, 512, 512)))  # decodes beside chunks of prompts
+CASES: tuple[Case, ...] = (*(((n, 1, keys),) for n, keys in DECODES), *((case,) for case in PREFILLS), *MIXED)
 PAGE = 16
 ROUNDS = 8
 ERROR = 0.02  # of the norm of the output: a peer that is further off computes something else
@@ -54,7 +56,10 @@ SEGMENTS = 16  # vLLM's, of one sequence's keys
 
 @dataclass
 class Operands:
-    """One batch: q [tokens, heads, size], a cache as vLLM lays it out, each sequence's pages and number of keys."""
+    """One batch: q [tokens, heads, size], a cache as vLLM lays it out, each sequence's pages and number of keys.
+
+    ``bounds``: ``cu_seqlens_q`` as Python has it.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -62,11 +67,16 @@ class Operands:
     cu_seqlens_q: torch.Tensor
     seqused_k: torch.Tensor
     block_table: torch.Tensor
-    max_seqlen_q: int
+    bounds: list[int]
+
+    @property
+    def max_seqlen_q(self) -> int:
+        """Most queries of a sequence."""
+        return max(end - start for start, end in itertools.pairwise(self.bounds))
 
     @property
     def keys(self) -> int:
-        """Keys of a sequence."""
+        """Keys that the block table has room for."""
         return self.block_table.shape[1] * PAGE
 
     @property
@@ -81,20 +91,32 @@ class Operands:
             self.q, self.k, self.v, self.cu_seqlens_q, self.seqused_k, self.block_table, self.max_seqlen_q, self.scale,
         )  # fmt: skip
 
+    def tokens(self, chosen: list[int], queries: int) -> tuple[list[int], list[int]]:
+        """The last ``queries`` tokens of each chosen sequence, or all that it has, and where they begin and end."""
+        found: list[int] = []
+        bounds = [0]
+        for i in chosen:
+            start, end = self.bounds[i : i + 2]
+            found += range(max(start, end - queries), end)
+            bounds.append(len(found))
+        return found, bounds
+
     def some(self, chosen: list[int], queries: int) -> Operands:
-        """Of the chosen sequences the last ``queries`` queries."""
-        q = self.q.unflatten(0, (len(self.seqused_k), -1))[chosen, -queries:].flatten(0, 1)
-        bounds = torch.arange(0, len(q) + 1, queries, dtype=torch.int32, device=q.device)
-        return Operands(q, self.k, self.v, bounds, self.seqused_k[chosen], self.block_table[chosen], queries)
+        """The batch of those tokens."""
+        tokens, bounds = self.tokens(chosen, queries)
+        starts = torch.tensor(bounds, dtype=torch.int32, device=self.q.device)
+        return Operands(
+            self.q[tokens], self.k, self.v, starts, self.seqused_k[chosen], self.block_table[chosen], bounds
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that narrow the benchmark."""
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["Llama-8B"], metavar="MODEL",
                         help=f"default: Llama-8B; of {', '.join(MODELS)}")  # fmt: skip
-    parser.add_argument("--cases", nargs="+", metavar="BxQxK",
-                        help="sequences, queries and keys of each, such as 8x1x160; default: "
-                        + ", ".join("x".join(map(str, case)) for case in CASES))  # fmt: skip
+    parser.add_argument("--cases", nargs="+", metavar="BxQxK[+BxQxK]",
+                        help="sequences, queries and keys of each, such as 8x1x160, or several kinds of sequences: "
+                        f"255x1x1024+1x512x2048; default: {', '.join(map(_name, CASES))}")  # fmt: skip
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER",
                         help=f"default: all of {', '.join(PEERS)}; the last compiles for minutes")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -109,29 +131,31 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with timing.side_stream(), torch.no_grad():
         copy_gbps = timing.copy_gbps()
         flops = DENSE_FLOPS.get(torch.cuda.get_device_name()) if timing.has_gpu() else None
-        cases = [(model, *case) for model in options.models for case in chosen]
-        for model, batch, queries, keys in tqdm(cases, "race", unit="batch"):
-            rows.append(_race(model, batch, queries, keys, options, copy_gbps, flops, generator))
+        cases = [(model, case) for model in options.models for case in chosen]
+        for model, case in tqdm(cases, "race", unit="batch"):
+            rows.append(_race(model, case, options, copy_gbps, flops, generator))
     result = {"how": __doc__, "copy_gbps": round(copy_gbps, 1), "dense_flops": flops, "rounds": options.rounds}
     result["rows"] = rows
     print(full(result))
     return result
 
 
-def operands(heads: Heads, batch: int, queries: int, keys: int, generator: torch.Generator) -> Operands:
+def operands(heads: Heads, case: Case, generator: torch.Generator) -> Operands:
     """Random queries, keys and values, in pages of any order; a page's keys and values are side by side."""
     device = generator.device
-    pages = -(-keys // PAGE)
+    queries, keys = ([sizes[i] for sizes in case for _ in range(sizes[0])] for i in (1, 2))
+    pages = [-(-n // PAGE) for n in keys]
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
 
-    cache = randn(batch * pages, heads.keys, PAGE, 2 * heads.size).transpose(1, 2)
-    table = torch.randperm(batch * pages, generator=generator, device=device).view(batch, pages).int()
-    bounds = torch.arange(0, batch * queries + 1, queries, dtype=torch.int32, device=device)
-    lengths = torch.full((batch,), keys, dtype=torch.int32, device=device)
-    q = randn(batch * queries, heads.queries, heads.size)
-    return Operands(q, *cache.split(heads.size, dim=-1), bounds, lengths, table, queries)
+    cache = randn(sum(pages), heads.keys, PAGE, 2 * heads.size).transpose(1, 2)
+    ids = torch.randperm(sum(pages), generator=generator, device=device).int()
+    table = torch.nn.utils.rnn.pad_sequence([*ids.split(pages)], batch_first=True)
+    bounds = [0, *itertools.accumulate(queries)]
+    starts, lengths = (torch.tensor(sizes, dtype=torch.int32, device=device) for sizes in (bounds, keys))
+    q = randn(bounds[-1], heads.queries, heads.size)
+    return Operands(q, *cache.split(heads.size, dim=-1), starts, lengths, table, bounds)
 
 
 def _ours(o: Operands) -> torch.Tensor:
@@ -175,16 +199,17 @@ def _flashinfer(example: Operands) -> Attend:
     flashinfer = importlib.import_module("flashinfer")
     cls = "BatchDecodeWithPagedKVCacheWrapper" if example.max_seqlen_q == 1 else "BatchPrefillWithPagedKVCacheWrapper"
     space = torch.empty(256 << 20, dtype=torch.uint8, device=example.q.device)
-    pages = example.block_table.shape[1]
-    starts = torch.arange(0, example.block_table.numel() + 1, pages, dtype=torch.int32, device=example.q.device)
-    full_page = torch.full_like(example.seqused_k, PAGE)
+    pages = -(-example.seqused_k // PAGE)
+    starts = torch.nn.functional.pad(pages.cumsum(0), (1, 0)).int()
+    taken = torch.arange(example.block_table.shape[1], device=pages.device) < pages[:, None]
+    last_page = example.seqused_k - (pages - 1) * PAGE
     heads = (example.q.shape[1], example.k.shape[2], example.q.shape[2], PAGE)
     wrappers: dict[int, Any] = {}
 
     def run(o: Operands) -> torch.Tensor:
         if id(o) not in wrappers:  # a plan is made once for all layers of a step, outside of its graph
             wrapper = wrappers[id(o)] = getattr(flashinfer, cls)(space, "NHD")
-            table = (starts, o.block_table.flatten(), full_page)
+            table = (starts, o.block_table[taken], last_page)
             if o.max_seqlen_q == 1:
                 wrapper.plan(*table, *heads, q_data_type=o.q.dtype, kv_data_type=o.k.dtype)
             else:
@@ -204,21 +229,21 @@ PEERS: dict[str, Callable[[Operands], Attend]] = {
 
 
 def _race(
-    model: str, batch: int, queries: int, keys: int, options: argparse.Namespace, copy_gbps: float,
-    flops: float | None, generator: torch.Generator,
+    model: str, case: Case, options: argparse.Namespace, copy_gbps: float, flops: float | None,
+    generator: torch.Generator,
 ) -> dict[str, Any]:  # fmt: skip
     """Gate one batch and time every contender on it; its row."""
     heads = MODELS[model]
-    cache = 4 * batch * keys * heads.keys * heads.size
-    moved = cache + 4 * batch * queries * heads.queries * heads.size
-    seen = queries * (keys - queries) + queries * (queries + 1) // 2  # pairs of a query and a key it sees
+    moved = sum(4 * n * (keys * heads.keys + queries * heads.queries) * heads.size for n, queries, keys in case)
+    seen = sum(n * queries * (2 * keys - queries + 1) // 2 for n, queries, keys in case)  # pairs of a query and a key
     floor = moved / copy_gbps / 1e3
     if flops:
-        floor = max(floor, 4e6 * batch * seen * heads.queries * heads.size / flops)
+        floor = max(floor, 4e6 * seen * heads.queries * heads.size / flops)
     timing.release_memory()
-    count = timing.rotations(moved, timing.l2_bytes())["cold"] if queries == 1 else timing.MIN_SETS
-    sets = [operands(heads, batch, queries, keys, generator) for _ in range(count)]
-    name = f"{model}, {batch}x{queries}x{keys}"
+    decodes = all(queries == 1 for _, queries, _ in case)
+    count = timing.rotations(moved, timing.l2_bytes())["cold"] if decodes else timing.MIN_SETS
+    sets = [operands(heads, case, generator) for _ in range(count)]
+    name = f"{model}, {_name(case)}"
     wanted = _gate(name, sets[0])
     peers, missing = load({name: partial(PEERS[name], sets[0]) for name in options.peers})
 
@@ -232,7 +257,7 @@ def _race(
     prepared = {contender: partial(partial, attend) for contender, attend in good.items()}
     times, more = timing.race(prepared, sets, timing.passes(count, moved), options.rounds)
     return {
-        "model": model, "sequences": batch, "queries": queries, "keys": keys, "sets": count,
+        "model": model, **dict(zip(("sequences", "queries", "keys"), _sizes(case), strict=True)), "sets": count,
         "floor_us": round(floor, 3), "missing": {**missing, **failed, **more}, "times": times,
         "errors": {peer: round(error, 8) for peer, error in errors.items()},
     }  # fmt: skip
@@ -245,23 +270,37 @@ def _gate(name: str, o: Operands) -> torch.Tensor:
         The reference's last row.
     """
     last = len(o.seqused_k) - 1
-    whole = _ours(o).unflatten(0, (last + 1, -1))
+    whole = _ours(o)
     alone = o.some([last], 1)
     wanted = paged_attention_reference(*alone.batch)
-    error = distance(whole[last, -1:], wanted)
+    error = distance(whole[-1:], wanted)
     if not error < ERROR / 2:
         raise Refused(f"{name}: ours is off by {error:.2g} of the norm")
     for sequences in ([0], [last], [last, 0]):
         for queries in {1, min(17, o.max_seqlen_q), o.max_seqlen_q}:
-            out = _ours(o.some(sequences, queries)).unflatten(0, (len(sequences), -1))
-            differs = first_mismatch(out, whole[sequences, -queries:])
+            out, expected = _ours(o.some(sequences, queries)), whole[o.tokens(sequences, queries)[0]]
+            differs = first_mismatch(out, expected)
             if differs:
                 raise Refused(f"{name}: the last {queries} queries of sequences {sequences} alone: {differs}")
     return wanted
 
 
-def _case(text: str) -> tuple[int, int, int]:
-    sizes = text.split("x")
-    if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes) or int(sizes[1]) > int(sizes[2]):
-        raise Refused(f"--cases has {text!r}, want sequences x queries x keys, of which no fewer than queries: 8x1x160")
-    return int(sizes[0]), int(sizes[1]), int(sizes[2])
+def _case(text: str) -> Case:
+    case = []
+    for kind in text.split("+"):
+        sizes = [int(size) if size.isdigit() else 0 for size in kind.split("x")]
+        if len(sizes) != 3 or 0 in sizes or sizes[1] > sizes[2]:
+            raise Refused(
+                f"--cases has {text!r}, want sequences x queries x keys, of which no fewer than queries: 8x1x160"
+            )
+        case.append((sizes[0], sizes[1], sizes[2]))
+    return tuple(case)
+
+
+def _name(case: Case) -> str:
+    return "+".join("x".join(map(str, kind)) for kind in case)
+
+
+def _sizes(case: Case) -> list[int | str]:
+    """Sequences, queries and keys as the result has them: numbers, or those of several kinds of sequences in text."""
+    return [sizes[0] if len(sizes) == 1 else " + ".join(map(str, sizes)) for sizes in zip(*case, strict=True)]

@@ -49,6 +49,16 @@ def test_decode_and_prefill_are_raced(bench, tmp_path, monkeypatch, capsys):
     assert "Not everywhere: absent (ZeroDivisionError" in printed
 
 
+def test_a_batch_has_sequences_of_several_kinds(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.attention, "PEERS", {"right": lambda _: lambda o: paged_attention_reference(*o.batch)})
+    out = tmp_path / "attention.json"
+    assert bench.run.main(["attention", "--cases", "3x1x40+1x20x45", "--rounds", "2", "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["missing"] == {}
+    assert row["errors"]["right"] < 0.01
+    assert "\n| 3 + 1 | 1 + 20 | 40 + 45 | " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("peer", ["FlashAttention-3", "vLLM Triton", "FlashInfer"])
 def test_a_peer_that_cannot_be_imported_is_missing(bench, tmp_path, peer):
     out = tmp_path / "attention.json"
@@ -73,7 +83,7 @@ def test_attention_that_is_wrong_is_not_timed(bench, tmp_path, monkeypatch, caps
     assert "ours is off by" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("case", ["8x1", "8x1x", "0x1x5", "8x9x5"])
+@pytest.mark.parametrize("case", ["8x1", "8x1x", "0x1x5", "8x9x5", "8x1x5+", "8x1x5+1x2"])
 def test_a_case_is_checked(bench, tmp_path, capsys, case):
     assert bench.run.main(["attention", "--cases", case, "--out", str(tmp_path / "attention.json")]) == 1
     assert f"--cases has '{case}', want sequences x queries x keys" in capsys.readouterr().err
