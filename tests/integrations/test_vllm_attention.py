@@ -170,6 +170,7 @@ def test_a_step_that_measures_memory_has_no_cache_yet(vllms):
         {"ours": False}, {"use_cascade": True}, {"causal": False}, {"causal": torch.tensor([True, False])},
         {"mm_prefix_range_tensor": torch.zeros(2)}, {"rswa_prefix_lens": torch.zeros(2)}, {"rswa_window": 4},
         {"given": (torch.tensor(0.02),)}, {"given": (None, torch.ones(1))},
+        {"given": (torch.tensor([0.02, 0.02]),), "out": FP8}, {"given": (torch.tensor(0.02).double(),), "out": FP8},
         {"kv_cache": torch.zeros(4, KV_HEADS, PAGE, 2 * HEAD_DIM).to(FP8)},
         {"kv_cache": torch.zeros(4, KV_HEADS, PAGE, 2 * HEAD_DIM).bfloat16()},
         *({"impl": name} for name in (*OF_IMPL, "sliding_window")),
@@ -177,6 +178,9 @@ def test_a_step_that_measures_memory_has_no_cache_yet(vllms):
     ids=lambda change: " ".join(map(str, change)) + (f" {change['impl']}" if "impl" in change else ""),
 )  # fmt: skip
 def test_what_a_layer_asks_beyond_that_goes_vllms_way(call, vllms, change):
+    if "out" in change:
+        call["out"] = call["out"].to(change["out"])
+        change = {"given": change["given"]}
     if "impl" in change:
         impl = Impl()
         setattr(impl, change["impl"], (4, 4) if change["impl"] == "sliding_window" else "other")

@@ -38,19 +38,26 @@ def why_vllms(
         return f"queries are {q.dtype} and the cache {k.dtype}"
     if int(others.get("kv_quant_mode", 0)):
         return f"the cache is quantised, {others['kv_quant_mode']!r}"
-    scale = others.get("output_scale")
-    if not out.is_contiguous():
-        return "its output is not contiguous"
-    if out.dtype != (q.dtype if scale is None else FP8):
-        return f"its output is {out.dtype}, {'not ' if scale is None else ''}to be quantised"
-    if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
-        return f"the scale of its output is {scale.dtype} of shape {tuple(scale.shape)}"
+    reason = _why_not_to(out, q.dtype, others.get("output_scale"))
+    if reason is not None:
+        return reason
     if not isinstance(causal, bool):
         return "causal is a tensor"
     if tuple(window_size) != (-1, -1) and not (causal and window_size[0] >= 0 and window_size[1] <= 0):
         return f"the window is {tuple(window_size)}, causal {causal}"
     asked = [name for name, neutral in NEUTRAL.items() if others.get(name, neutral) is not neutral]
     return f"asked for {', '.join(asked)}" if asked else None
+
+
+def _why_not_to(out: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> str | None:
+    """Why ours does not write to this output, of a model's dtype or quantised by a scale; None if it does."""
+    if not out.is_contiguous():
+        return "its output is not contiguous"
+    if out.dtype != (dtype if scale is None else FP8):
+        return f"its output is {out.dtype}, {'not ' if scale is None else ''}to be quantised"
+    if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
+        return f"the scale of its output is {scale.dtype} of shape {tuple(scale.shape)}"
+    return None
 
 
 def attention_over_ours(original: Callable[..., None], is_ours: Callable[[], bool]) -> Callable[..., None]:
@@ -134,8 +141,8 @@ def forward_over_ours(original: Callable[..., Any], is_ours: Callable[[], bool])
             step is None or known is None or known.k is None or known.v is None or output_block_scale is not None
             or step.use_cascade or step.causal is not True or step.mm_prefix_range_tensor is not None
             or step.rswa_prefix_lens is not None or step.rswa_window is not None
-            or query.dtype != kv_cache.dtype or output.dtype != (query.dtype if output_scale is None else FP8)
-            or not output.is_contiguous() or not is_ours()
+            or query.dtype != kv_cache.dtype or _why_not_to(output, query.dtype, output_scale) is not None
+            or not is_ours()
         ):  # fmt: skip
             return original(
                 self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
