@@ -17,11 +17,19 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from batchproof.ops import _hopper, _hopper_attention, _hopper_product, attention, scaled_mm
+from batchproof.ops import (
+    _hopper,
+    _hopper_attend,
+    _hopper_attention,
+    _hopper_prefill,
+    _hopper_product,
+    attention,
+    scaled_mm,
+)
 
 KERNEL = scaled_mm._scaled_mm_kernel
 PRODUCT = _hopper_product._product_kernel
-PREFILL = _hopper_attention.prefill_kernel
+PREFILL = _hopper_prefill.prefill_kernel
 TARGET = GPUTarget("cuda", 90, 32)
 MOST_SHARED = 227 * 1024  # bytes of shared memory a program may have on Hopper
 
@@ -74,11 +82,11 @@ def compiled_product(shape: _hopper.Shape, fp8: bool, blocks: bool, static_weigh
 
 def compiled_prefill(name: str, dtype: Any, head_dim: int, page_size: int, options: bool, consumers: int) -> Any:
     """The binary of attention's kernel for Hopper; ``options``: with a window, a soft cap and sinks, and not causal."""
-    box = [_hopper_attention.PAGE, _hopper_attention.COLUMNS.value]
+    box = [_hopper_attention.PAGE, _hopper_attend.COLUMNS.value]
     descriptor = f"tensordesc<{name}{box},{gl.NVMMASharedLayout.get_default_for(box, dtype)!r}>"
     constants: dict[str, Any] = {
         "CONSUMERS": consumers, "NUM_HEADS": 32, "GROUP": 4, "GROUP_PADDED": 4, "HEAD_DIM": head_dim,
-        "TILE": attention.TILE, "SPLIT": attention.SPLIT, "STAGES": _hopper_attention.STAGES[consumers],
+        "TILE": attention.TILE, "SPLIT": attention.SPLIT, "STAGES": _hopper_attention.stages_for(consumers, head_dim),
         "PAGE_SIZE": page_size, "CAUSAL": not options, "HAS_WINDOW": options, "HAS_SOFTCAP": options, "num_warps": 4,
     }  # fmt: skip
     types = {"k_desc": descriptor, "v_desc": descriptor, "q_ptr": f"*{name}", "out_ptr": f"*{name}"}
@@ -86,11 +94,25 @@ def compiled_prefill(name: str, dtype: Any, head_dim: int, page_size: int, optio
     types |= {"softmax_scale": "fp32", "softcap": "fp32"} | ({"sinks_ptr": "*fp32"} if options else {})
     types |= {"out_scale_ptr": "*fp32", "out_ptr": "*fp8e4nv"} if options else {}
     constants |= {} if options else {"sinks_ptr": None, "out_scale_ptr": None}
+    parts = ("largest_ptr", "normaliser_ptr", "total_ptr")
+    types |= dict.fromkeys(parts, "*fp32") if consumers == 1 else {}
+    constants |= {"odd_ptr": None} if consumers == 1 else dict.fromkeys(parts)
+    constants |= {"WALK": consumers > 1, "ONE_TOKEN": consumers == 1, "PDL": consumers == 1}
+    types |= {"merged_ptr": "*fp32"} if head_dim > 128 and consumers > 1 else {}
+    constants |= {} if head_dim > 128 and consumers > 1 else {"merged_ptr": None}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in PREFILL.arg_names}
     aligned = {"q_ptr", "out_ptr", "odd_ptr", "q_token", "q_head"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n in aligned}
     source = GluonASTSource(PREFILL, signature, constants, attributes)
-    return triton.compile(source, target=TARGET, options={"num_warps": 4, "enable_fp_fusion": False})
+    return triton.compile(
+        source,
+        target=TARGET,
+        options={
+            "num_warps": 4,
+            "enable_fp_fusion": False,
+            **({"maxnreg": 128} if consumers == 1 and head_dim <= 128 else {}),
+        },
+    )
 
 
 def main() -> None:
@@ -99,6 +121,7 @@ def main() -> None:
     for name, dtype, head_dim, page_size, options, consumers in (
         ("bf16", gl.bfloat16, 128, 16, False, 2), ("bf16", gl.bfloat16, 128, 64, True, 3),
         ("fp16", gl.float16, 128, 256, False, 3), ("bf16", gl.bfloat16, 64, 32, True, 2),
+        ("bf16", gl.bfloat16, 256, 16, True, 2), ("bf16", gl.bfloat16, 128, 16, False, 1),
     ):  # fmt: skip
         binary = compiled_prefill(name, dtype, head_dim, page_size, options, consumers)
         # scores of the first tile; then sums of rows, totals and scores of each

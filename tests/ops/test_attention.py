@@ -180,6 +180,19 @@ def test_empty_sequences(generator):
     assert paged_attention(**{**none, "cu_seqlens_q": nothing["cu_seqlens_q"][:1]}).shape == (0, 4, 32)
 
 
+def test_a_prefill_among_many_sequences_of_one_query(generator):
+    """Of more sequences than are looked at together, and some without a query: every program finds its own."""
+    lengths = [3] * 140 + [70] + [5] * 120
+    cache = Cache(generator, lengths, heads=1, kv_heads=1, head_dim=16)
+    spans = {i: (n if i % 50 == 7 else n - 1, n) for i, n in enumerate(lengths)} | {140: (0, 70)}
+    arguments = cache.arguments(spans)
+    out = launched(arguments)
+    assert_accurate(out, arguments)
+    first = int(arguments["cu_seqlens_q"][140])
+    for sequence, rows in ((140, out[first : first + 70]), (260, out[-1:])):
+        assert first_mismatch(rows, launched(cache.arguments({sequence: spans[sequence]}))) is None
+
+
 def test_a_query_that_sees_no_key_is_zero(generator):
     arguments = Cache(generator, [4]).arguments({0: (3, 4)})
     arguments["seqused_k"].zero_()
@@ -705,21 +718,21 @@ def test_an_output_in_fp8_is_the_quantised_output(dtype, workers, generator, mon
 
 
 @pytest.mark.parametrize(
-    ("sequences", "queries", "splits", "block", "grid", "workers"),
+    ("sequences", "queries", "splits", "block", "grid", "workers", "each"),
     [
-        (8, 1, 1, plans.DECODE, (8, 8, 1), 1),
-        (8, 1, 8, plans.DECODE, (8, 8, 1), 8),
-        (1, 1, 64, plans.DECODE, (1, 8, 1), 64),
-        (64, 1, 4, plans.DECODES, (64, 8, 1), 1),
-        (1, 4, 1, plans.DECODE, (1, 8, 1), 1),
-        (1, 8192, 16, plans.BLOCKS[2], (1, 8, 256), 1),
+        (8, 1, 1, plans.DECODE, (8, 8), 1, 1),
+        (8, 1, 8, plans.DECODE, (8, 8), 8, 1),
+        (1, 1, 64, plans.DECODE, (1, 8), 64, 1),
+        (64, 1, 4, plans.DECODES, (64, 8), 1, 1),
+        (1, 4, 1, plans.DECODE, (1 * 8, 1), 1, 1),
+        (1, 8192, 16, plans.BLOCKS[2], (256 * 8, 1), 1, 256),
     ],
 )
-def test_a_plan_is_made_of_shapes(sequences, queries, splits, block, grid, workers):
+def test_a_plan_is_made_of_shapes(sequences, queries, splits, block, grid, workers, each):
     shape = (sequences * queries, 32, 128)
     plan = plans.plan_for(shape, sequences, 8, queries, splits, True, multiprocessors=132)
     tokens = 1 if queries == 1 else block.rows // 4
-    assert plan == plans.Plan(block, 4, tokens, grid, workers)
+    assert plan == plans.Plan(block, 4, tokens, grid, workers, each=each)
 
 
 @pytest.mark.parametrize(
@@ -732,9 +745,31 @@ def test_the_kernel_for_hopper_needs_no_workers_unless_its_programs_are_few(quer
     plan = plans.plan_for(shape, 1, 8, queries, splits, True, multiprocessors=132, hopper=True)
     assert plan.consumers == consumers
     assert (plan.workers == 1) == bool(consumers)
-    assert plan.grid == (1, 8, programs * max(1, consumers))
+    assert plan.grid == (8 * programs * max(1, consumers), 1)
     assert plan.block == (plans.CONSUMER if consumers else plans.PREFILL)
     assert plans.plan_for(shape, 1, 8, queries, splits, True, multiprocessors=132).consumers == 0
+
+
+def test_one_token_each_has_one_consumer_unless_there_are_many():
+    few, many = (plans.plan_for((n, 32, 128), n, 8, 1, 8, True, multiprocessors=132, hopper=True) for n in (8, 64))
+    assert few == plans.Plan(plans.DECODE, 4, 1, (8, 8), 2, 1)
+    assert many == plans.Plan(plans.DECODES, 4, 1, (64, 8), 1, 0, each=1)
+
+
+def test_a_wide_head_has_two_consumers():
+    plan = plans.plan_for((8192, 16, 256), 1, 8, 8192, 16, True, multiprocessors=132, hopper=True)
+    assert (plan.block, plan.consumers, plan.grid) == (plans.WIDE_BLOCKS[1], 2, (8192 // 64 * 8 * 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "expected"),
+    [((512, 512), 32, (32, 16)), ((512, 1), 32, (18, 0)), ((4, 4, 4), 4, (3, 1)), ((1,) * 64 + (2048,), 32, (131, 0))],
+)
+def test_blocks_are_enough_for_all_sequences(lengths, tokens, expected):
+    """As many for each as the longest needs; or those of ``_locate``, if they are fewer."""
+    found = plans.blocks_for(sum(lengths), len(lengths), max(lengths), tokens)
+    assert found == expected
+    assert found[0] >= sum(-(-n // tokens) for n in lengths)
 
 
 def test_a_token_of_more_rows_than_a_consumer_is_not_for_the_kernel_for_hopper():

@@ -1,5 +1,7 @@
 """Prefill on Hopper: the bits of the kernel for all, and what it leaves to that."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ CASES = [  # heads, key heads, head_dim, dtype: 4, 1, 8, 3 and 16 rows a token
     *((heads, kv_heads, 128, torch.bfloat16, {}) for heads, kv_heads in ((4, 4), (8, 1), (6, 2), (16, 1))),
     *((6, 2, 64, torch.bfloat16, options) for options in VARIANTS[::3]),
     *((8, 2, 128, torch.float16, options) for options in VARIANTS[::3]),
+    *((4, 2, 256, torch.bfloat16, options) for options in VARIANTS),
 ]
 hostile = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's in the interpreter, about NaN
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel itself runs in the other tests")
@@ -48,6 +51,14 @@ def test_a_cache_that_the_tma_cannot_read_is_left_to_the_other_kernel():
     assert hopper._places(ragged) is None, "a page is no whole number of slots"
 
 
+def part(sequence, token, consumers):
+    """Block and consumer of a token of the first or second sequence, of 200 and 70, if a consumer has 32."""
+    tokens = 32 * consumers
+    blocks = -(-(200, 70)[sequence] // tokens)
+    begins = 200 * sequence // tokens + sequence
+    return begins + blocks - 1 - token // tokens, token % tokens // 32
+
+
 @hostile
 @interpreted
 @pytest.mark.parametrize("consumers", [2, 3])
@@ -59,10 +70,9 @@ def test_only_what_is_odd_is_computed_again(consumers, monkeypatch, generator):
     programs = {}
 
     def launch(q, *rest):
-        out, grid = rest[3], rest[-5]
-        programs["grid"], programs["out"] = (*grid, rest[-4]), out.fill_(7.0)
-        odd = torch.zeros(*grid, consumers, dtype=torch.int32)
-        odd.flatten(2)[0, 1, 5] = odd.flatten(2)[1, 0, 2] = 1
+        programs["of"], programs["out"] = rest[-5], rest[3].fill_(7.0)
+        odd = torch.zeros(rest[-5].grid[0] // 2 // consumers, consumers, 2, dtype=torch.int32)
+        odd[part(0, 160, consumers)][1] = odd[part(1, 64, consumers)][0] = 1
         return odd.flatten()
 
     monkeypatch.setattr(module, "processors", lambda device: 1 if consumers == 3 else 132)
@@ -70,7 +80,8 @@ def test_only_what_is_odd_is_computed_again(consumers, monkeypatch, generator):
     monkeypatch.setattr(hopper, "places_for", lambda q, k_cache, v_cache: (1, 0, 0))
     monkeypatch.setattr(hopper, "launch", launch)
     out = launched(arguments, 1)
-    assert programs["grid"] == (2, 2, {2: 4, 3: 3}[consumers], consumers), "of 32 tokens a consumer"
+    assert programs["of"].consumers == consumers
+    assert programs["of"].grid == ({2: 4 + 2, 3: 2 + 2}[consumers] * 2 * consumers, 1), "of 32 tokens a consumer"
     again = torch.zeros(270, 4, dtype=torch.bool)
     again[160:192, 2:] = again[200 + 64 : 270, :2] = True
     assert first_mismatch(out[again], expected[again]) is None
@@ -99,12 +110,19 @@ def taken(monkeypatch):
 
     def note(*arguments):
         odd = launch(*arguments)
-        starts, (sequences, kv_heads, blocks), consumers, group = arguments[5], *arguments[-5:-2]
-        begins = torch.arange(blocks, device=odd.device) * (consumers * plans.CONSUMER.rows // group)
-        has_queries = begins < starts.diff()[:, None]
-        assert consumers == (2 if plans.MANY else 3)
+        consumers, group = arguments[-5].consumers, arguments[-5].group
+        if consumers == 1:
+            assert odd is None
+            flags.append("one token")
+            return odd
+        assert consumers == (2 if plans.MANY or arguments[0].shape[2] > 128 else 3)
         if not torch.cuda.is_current_stream_capturing():
-            flags.append(bool(odd.view(sequences, kv_heads, blocks, consumers).amax((1, 3))[has_queries].any()))
+            tokens = consumers * plans.CONSUMER.rows // group
+            starts, written = arguments[5].tolist(), []
+            for i, (start, end) in enumerate(itertools.pairwise(starts)):
+                first = (start - starts[0]) // tokens + i
+                written += range(first, first - (start - end) // tokens)
+            flags.append(bool(odd.unflatten(0, (-1, consumers * arguments[1].shape[2]))[written].any()))
         return odd
 
     monkeypatch.setattr(hopper, "launch", note)
@@ -144,6 +162,53 @@ def test_prefill_has_the_bits_of_decode(heads, kv_heads, head_dim, dtype, option
     assert first_mismatch(late[600:], expected[1055:1500]) is None, "the end of a sequence"
     assert len(flags) == 3
     assert not any(flags)
+
+
+DECODES = [  # heads, key heads, head_dim, dtype
+    *((8, 2, 128, torch.bfloat16, options) for options in VARIANTS),
+    *((heads, kv_heads, 128, torch.float16, {}) for heads, kv_heads in ((4, 4), (8, 1), (6, 2), (16, 1), (64, 1))),
+    *((4, 2, dim, torch.bfloat16, options) for dim in (64, 256) for options in VARIANTS[::3]),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dtype", "options"), DECODES)
+@hostile
+def test_one_token_each_has_the_bits_of_decode(heads, kv_heads, head_dim, dtype, options, monkeypatch, generator):
+    """By any number of workers, with anything in unused slots; the rows that no sequence has are zero."""
+    if not is_hopper(generator.device):
+        pytest.skip("needs a Hopper GPU")
+    flags = taken(monkeypatch)
+    lengths = [1, 64, 65, 160, 511, 512, 513, 700, 2049, 5000]
+    cache = Cache(generator, lengths, heads, kv_heads, head_dim, dtype)
+    for i, n in enumerate(lengths):
+        cache.q[i][n - 1] *= 4.0
+        cache.v[i] *= 2.0 ** torch.randint(-9, 9, cache.v[i].shape, generator=generator, device=generator.device)
+    spans = {i: (n - 1, n) for i, n in enumerate(lengths)}
+    options = {"sinks": cache.randn(heads), **options} if heads == 8 else options
+    arguments = cache.arguments(spans, fill=1.0, **options)
+    block = plans.DECODE if heads // kv_heads <= plans.DECODE.rows else plans.CONSUMER
+    expected = launched(arguments, 1, block)
+    assert_accurate(expected, arguments)
+    scale = torch.full((1,), 0.013, device=generator.device)
+    quantised = quantize_static_fp8_reference(expected, scale)
+    for fill in (1.0, NAN, INF):
+        for page_size in (16, 64):
+            arguments = cache.arguments(spans, page_size=page_size, fill=fill, **options)
+            for workers in (1, 2, 7, 64, None):
+                assert first_mismatch(launched(arguments, workers), expected) is None, f"{fill}, {workers} workers"
+    out = launched({**arguments, "out_scale": scale})
+    assert first_mismatch(out.view(torch.uint8), quantised.view(torch.uint8)) is None
+    for i in range(len(lengths)):
+        alone = launched(cache.arguments({i: spans[i]}, **options))
+        assert first_mismatch(alone, expected[i : i + 1]) is None, f"{lengths[i]} keys alone"
+    arguments["seqused_k"][3] = 0
+    padded = {**arguments, "q": torch.cat((arguments["q"], torch.full_like(arguments["q"][:3], NAN)))}
+    out = launched(padded)
+    assert bool((out[3] == 0.0).all())
+    assert bool((out[len(lengths) :] == 0.0).all())
+    assert first_mismatch(out[4 : len(lengths)], expected[4:]) is None
+    assert set(flags) == {"one token"}
 
 
 @pytest.mark.gpu

@@ -222,7 +222,7 @@ def test_on_hopper_no_tile_compiles_to_mma_sync():
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert len(found) == 4 + 16 + 27 + 2
+    assert len(found) == 6 + 16 + 27 + 2
     for launch, seen in found.items():
         assert seen["mma.sync"] == 0, launch
         assert seen["wgmma"] >= seen["steps of k"], launch

@@ -19,6 +19,31 @@ from ._triton import tl, triton
 __all__ = ["attention_kernel", "merge_kernel"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+CHUNK = tl.constexpr(128)  # sequences looked at together
+
+
+@triton.jit
+def _locate(number, cu_seqlens_q_ptr, sequences, each, TOKENS: tl.constexpr):
+    """The sequence that block ``number`` of a batch is of, and which of its blocks it is: of TOKENS queries, or fewer.
+
+    Every sequence has ``each`` blocks. Or, if that is 0, one that begins at token t has those from t // TOKENS + its
+    number on: all that it needs and one more at most, so that num_tokens // TOKENS + sequences programs are enough for
+    all, whatever their lengths.
+
+    Source: how vLLM's Triton attention finds a query block's sequence, by counting instead of by bisection.
+    """
+    sequence, block = number % sequences, number // sequences
+    if each == 0:
+        start = tl.load(cu_seqlens_q_ptr)
+        up_to = number * 0  # sequences that begin at the block or before it
+        for some in range(0, sequences, CHUNK):
+            index = some + tl.arange(0, CHUNK)
+            mask = index < sequences
+            begins = (tl.load(cu_seqlens_q_ptr + index, mask=mask, other=0) - start) // TOKENS + index
+            up_to += tl.sum((mask & (begins <= number)).to(tl.int32), axis=0)
+        sequence = up_to - 1
+        block = number - sequence - ((tl.load(cu_seqlens_q_ptr + sequence) - start) // TOKENS).to(tl.int32)
+    return sequence, block
 
 
 @triton.jit
@@ -209,6 +234,8 @@ def _page_of(keys, begin, end, key_start, pages_ptr, PAGE_SIZE: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
+        "sequences",
+        "each",
         "num_tokens",
         "table_width",
         "table_row",
@@ -223,11 +250,11 @@ def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, largest_ptr, normaliser_ptr, total_ptr,
     cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr, block_table_ptr,
     sinks_ptr, k_scale_ptr, v_scale_ptr, out_scale_ptr, odd_ptr,
-    num_tokens, table_width, q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row: tl.int64,
-    softmax_scale: tl.float32, softcap: tl.float32, window, workers, splits,
+    sequences, each, num_tokens, table_width, q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head,
+    table_row: tl.int64, softmax_scale: tl.float32, softcap: tl.float32, window, workers, splits,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, WALK: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr, ROWS: tl.constexpr, CONSUMERS: tl.constexpr, TILE: tl.constexpr,
+    SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr, WALK: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_START: tl.constexpr, ONE_TOKEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS query rows of one sequence and key head: row r is token r // GROUP_PADDED, query head r % GROUP_PADDED.
@@ -235,40 +262,53 @@ def attention_kernel(
     WALK: all of their splits, merged and written to ``out`` (workers is 1). Otherwise every ``workers``-th of them, to
     ``largest`` and ``normaliser`` [num_tokens, NUM_HEADS, splits] and ``total`` [.., splits, HEAD_DIM], where a
     sequence's splits are counted from the first that any of its queries sees; or to ``out`` if there is but one.
-    ONE_TOKEN: no sequence has two queries.
-    ``odd`` [programs]: if given, all is written but what programs with a flag there have; see ``_hopper_attention``.
+    ONE_TOKEN: no sequence has two queries, and a program is for a sequence, a key head and a worker. Otherwise for key
+    heads of parts of blocks, and a worker: ``_locate`` says whose block of CONSUMERS such parts.
+    ``odd`` [programs]: if given, all is written but what programs with a flag there have; see ``_hopper_prefill``.
     """
     wait_for_inputs(PDL)
     launch_dependents(PDL)
-    sequence = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)
     TOKENS: tl.constexpr = 1 if ONE_TOKEN else ROWS // GROUP_PADDED
     FROM_ZERO: tl.constexpr = not (HAS_WINDOW or HAS_START)  # the first key seen is the sequence's first
-    worker = tl.program_id(2) % workers
+    KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
+    if ONE_TOKEN:
+        sequence = tl.program_id(0)
+        kv_head = tl.program_id(1).to(tl.int64)
+    else:
+        part = tl.program_id(0) // KV_HEADS
+        sequence, block = _locate(part // CONSUMERS, cu_seqlens_q_ptr, sequences, each, CONSUMERS * TOKENS)
+        kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
+    worker = tl.program_id(2)
     pages_ptr = block_table_ptr + sequence * table_row
     keys = tl.arange(0, TILE)
     if FROM_ZERO:  # asked for beside the bounds, not after them
         page = _page_of(worker * SPLIT + keys, 0, table_width * PAGE_SIZE, 0, pages_ptr, PAGE_SIZE)
     first, num_queries, key_start, key_end = _bounds(cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr, sequence, HAS_START)
-    blocks = tl.num_programs(2) // workers
-    block = blocks - 1 - tl.program_id(2) // workers  # the last, which see the most, begin first
+    if ONE_TOKEN:
+        start_token = 0
+        is_last = sequence == tl.num_programs(0) - 1
+        unwritten = first + tl.minimum(num_queries, 1)
+        rest = tl.where(is_last, num_tokens, first + num_queries)
+    else:  # the last block, which sees the most, begins first
+        blocks = tl.cdiv(num_queries, CONSUMERS * TOKENS)
+        start_token = ((blocks - 1 - block) * CONSUMERS + part % CONSUMERS) * TOKENS
+        is_last = part == tl.num_programs(0) // KV_HEADS - 1
+        unwritten = tl.load(cu_seqlens_q_ptr + sequences).to(tl.int64)
+        rest = tl.where(is_last, num_tokens, unwritten)
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, HEAD_DIM_PADDED)
     head_in_group = rows % GROUP_PADDED
     head = kv_head * GROUP + head_in_group
-    if tl.program_id(2) == 0:  # rows that no program writes are zero
-        rest = tl.where(sequence == tl.num_programs(0) - 1, num_tokens, first + num_queries)
-        for token in range(first + tl.minimum(num_queries, blocks * TOKENS), rest):
+    if worker == 0:  # rows that no program writes are zero
+        for token in range(unwritten, rest):
             offsets = (token * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
             mask = (head_in_group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
             zeros = tl.zeros([ROWS, HEAD_DIM_PADDED], tl.float32)
             tl.store(out_ptr + offsets, _stored(zeros, out_scale_ptr, q_ptr.dtype.element_ty), mask=mask)
-    start_token = block * TOKENS
-    if start_token >= num_queries:
+    if (start_token < 0) | (start_token >= num_queries):
         return
-    if odd_ptr is not None:
-        program = (sequence * tl.num_programs(1) + tl.program_id(1)) * blocks + block
-        if tl.load(odd_ptr + program) == 0:
+    if odd_ptr is not None:  # noqa: SIM102 - decided when the kernel is compiled
+        if tl.load(odd_ptr + tl.program_id(0)) == 0:
             return
 
     token = start_token + rows // GROUP_PADDED
@@ -324,13 +364,13 @@ def attention_kernel(
             page = _page_of((split + workers) * SPLIT + keys, begin, end, key_start, pages_ptr, PAGE_SIZE)
 
 
-@triton.jit(do_not_specialize=["window", "splits"])
+@triton.jit(do_not_specialize=["sequences", "each", "window", "splits"])
 def merge_kernel(
     q_ptr, largest_ptr, normaliser_ptr, total_ptr, out_ptr, cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr,
-    sinks_ptr, v_scale_ptr, out_scale_ptr, window, splits,
+    sinks_ptr, v_scale_ptr, out_scale_ptr, sequences, each, window, splits,
     TOKENS: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr,
     SPLIT: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_START: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    ONE_TOKEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token's query head: the results of the splits it sees, as ``attention_kernel`` stored them, to ``out``.
 
@@ -338,9 +378,11 @@ def merge_kernel(
     """
     wait_for_inputs(PDL)
     launch_dependents(PDL)
-    sequence = tl.program_id(0)
+    if ONE_TOKEN:
+        sequence, token = tl.program_id(0), 0
+    else:
+        sequence, token = _locate(tl.program_id(0), cu_seqlens_q_ptr, sequences, each, 1)
     head = tl.program_id(1)
-    token = tl.program_id(2)
     first, num_queries, key_start, key_end = _bounds(cu_seqlens_q_ptr, seqused_k_ptr, k_start_ptr, sequence, HAS_START)
     if token >= num_queries:
         return

@@ -18,6 +18,7 @@ __all__ = [
     "Block",
     "Plan",
     "block_for",
+    "blocks_for",
     "plan_for",
     "workers_for",
 ]
@@ -58,7 +59,7 @@ def block_for(rows: int, group: int, head_dim: int, several: bool) -> Block:
     return block if block.rows >= group else replace(block, rows=group)
 
 
-def workers_for(programs: int, splits: int, scratch: int, multiprocessors: int) -> int:
+def workers_for(programs: int, splits: int, scratch: int, multiprocessors: int, full: int = FULL) -> int:
     """How many programs share the splits of the same rows; 1: it merges them itself. No bit depends on it.
 
     Args:
@@ -66,26 +67,38 @@ def workers_for(programs: int, splits: int, scratch: int, multiprocessors: int) 
         splits: most splits of a sequence.
         scratch: bytes of all the splits' results, which several workers leave in memory.
         multiprocessors: the GPU's.
+        full: programs that each of them is to have.
     """
     if scratch > MOST_SCRATCH:
         return 1
-    return max(1, min(splits, FULL * multiprocessors // programs))
+    return max(1, min(splits, full * multiprocessors // programs))
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a batch is shared out to programs; no bit depends on it.
 
-    ``group``: rows of one token, a power of two; ``tokens``: of a sequence in a program; ``grid``: of one worker each.
-    ``consumers``: so many programs' rows are one's of the kernel for Hopper; 0 if that is not for the batch.
+    ``group``: rows of one token, a power of two; ``tokens``: of a sequence in a program; ``grid``: of one worker each,
+    (sequences, key heads) if no sequence has two queries, or else (key heads of blocks, 1). ``consumers``: so many
+    programs' rows are one's of the kernel for Hopper; 0 if that is not for the batch. ``each``: as ``blocks_for`` says.
     """
 
     block: Block
     group: int
     tokens: int
-    grid: tuple[int, int, int]
+    grid: tuple[int, int]
     workers: int
     consumers: int = 0
+    each: int = 0
+
+
+def blocks_for(num_tokens: int, num_sequences: int, max_seqlen_q: int, tokens: int) -> tuple[int, int]:
+    """How many blocks of ``tokens`` queries a batch has, and how many each of its sequences has.
+
+    The second is 0 if a sequence has those that it needs, which are fewer where lengths differ; see ``_locate``.
+    """
+    each, fewest = triton.cdiv(max_seqlen_q, tokens), num_tokens // tokens + num_sequences
+    return (each * num_sequences, each) if each * num_sequences <= fewest else (fewest, 0)
 
 
 @lru_cache(maxsize=4096)
@@ -102,22 +115,28 @@ def plan_for(
     num_tokens, num_heads, head_dim = q_shape
     group = triton.next_power_of_2(num_heads // kv_heads)
     chosen = block or block_for(group * max_seqlen_q, group, head_dim, several)
-    hopper = hopper and chosen is PREFILL and group <= CONSUMER.rows
+    hopper = hopper and block is None and several and group <= CONSUMER.rows
     tokens = 1 if max_seqlen_q == 1 else chosen.rows // group
-    grid = (num_sequences, kv_heads, triton.cdiv(max_seqlen_q, tokens))
+    blocks, each = blocks_for(num_tokens, num_sequences, max_seqlen_q, tokens)
+    grid = (num_sequences, kv_heads) if max_seqlen_q == 1 else (blocks * kv_heads, 1)
     programs = math.prod(grid)
+    of_one_token = hopper and max_seqlen_q == 1 and programs < MANY * multiprocessors
+    hopper = hopper and group * max_seqlen_q > CONSUMER.rows
     if workers is None and hopper and programs * FEW >= multiprocessors:
         workers = 1
     elif workers is None:
         scratch = 4 * num_tokens * num_heads * splits * (head_dim + 2)
-        workers = workers_for(programs, splits, scratch, multiprocessors)
+        workers = workers_for(programs, splits, scratch, multiprocessors, 1 if of_one_token else FULL)
+    if of_one_token:
+        return Plan(chosen, group, 1, grid, workers, 1)
     if hopper and workers == 1:
         tokens = CONSUMER.rows // group
-        blocks = triton.cdiv(max_seqlen_q, 3 * tokens)
-        consumers = 3 if num_sequences * kv_heads * blocks >= MANY * multiprocessors else 2
-        blocks = consumers * triton.cdiv(max_seqlen_q, consumers * tokens)
-        return Plan(CONSUMER, group, tokens, (num_sequences, kv_heads, blocks), 1, consumers)
+        blocks, _ = blocks_for(num_tokens, num_sequences, max_seqlen_q, 3 * tokens)
+        consumers = 3 if blocks * kv_heads >= MANY * multiprocessors and head_dim <= 128 else 2
+        blocks, each = blocks_for(num_tokens, num_sequences, max_seqlen_q, consumers * tokens)
+        part = CONSUMER if head_dim <= 128 else WIDE_BLOCKS[1]
+        return Plan(part, group, tokens, (consumers * blocks * kv_heads, 1), 1, consumers, each)
     # Without workers, of which a launch has as many as the block table has room for splits: most may find no key
     if block is None and chosen is DECODE and programs >= MANY * multiprocessors:
         chosen = DECODES
-    return Plan(chosen, group, tokens, grid, workers)
+    return Plan(chosen, group, tokens, grid, workers, each=each)

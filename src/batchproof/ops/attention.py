@@ -31,7 +31,7 @@ from ..errors import ArgumentError, ShapeError
 from ..registry import OpSpec, register_spec
 from ._attention_cpu import attend_paged, slots_of, visible_keys
 from ._attention_kernels import attention_kernel, merge_kernel
-from ._attention_plan import Block, Plan, plan_for
+from ._attention_plan import Block, Plan, blocks_for, plan_for
 from ._fast_launch import FastKernel
 from ._hopper import is_hopper
 from ._library import (
@@ -180,21 +180,23 @@ def launch(
     if hopper and places is not None and plan.consumers:
         odd = hopper.launch(
             q, k_cache, v_cache, places, out, *sequences[:2], block_table, sinks, out_scale, softmax_scale, causal,
-            window, softcap, (*plan.grid[:2], plan.grid[2] // plan.consumers), plan.consumers, plan.group, TILE, SPLIT,
+            window, softcap, plan, parts, splits, TILE, SPLIT,
         )  # fmt: skip
-    _ATTENTION(
-        (*plan.grid[:2], plan.grid[2] * plan.workers), q,
-        (
-            q, k_cache, v_cache, out, *parts, *sequences, block_table, sinks, k_scale, v_scale, out_scale,
-            odd, num_tokens, block_table.shape[1], *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-            block_table.stride(0), softmax_scale, softcap, window, plan.workers, splits,
-        ),
-        attention_constants,
-    )  # fmt: skip
+    if plan.consumers != 1:
+        _ATTENTION(
+            (*plan.grid, plan.workers), q,
+            (
+                q, k_cache, v_cache, out, *parts, *sequences, block_table, sinks, k_scale, v_scale, out_scale,
+                odd, num_sequences, plan.each, num_tokens, block_table.shape[1], *q.stride()[:2], *k_cache.stride()[:3],
+                *v_cache.stride()[:3], block_table.stride(0), softmax_scale, softcap, window, plan.workers, splits,
+            ),
+            attention_constants,
+        )  # fmt: skip
     if plan.workers > 1:
+        blocks, each = blocks_for(num_tokens, num_sequences, max_seqlen_q, 1)
         _MERGE(
-            (num_sequences, num_heads, max_seqlen_q), q,
-            (q, *parts, out, *sequences, sinks, v_scale, out_scale, window, splits),
+            (blocks, num_heads, 1), q,
+            (q, *parts, out, *sequences, sinks, v_scale, out_scale, num_sequences, each, window, splits),
             merge_constants,
         )  # fmt: skip
     return out
@@ -208,12 +210,14 @@ def _constants(
     """What attention_kernel and merge_kernel are compiled with; made once, as an engine waits for it in every layer."""
     of_both = {
         "NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "HEAD_DIM_PADDED": max(16, triton.next_power_of_2(head_dim)),
-        "SPLIT": split, "CAUSAL": causal, "HAS_WINDOW": has_window, "HAS_START": has_start, **dict(options),
+        "SPLIT": split, "CAUSAL": causal, "HAS_WINDOW": has_window, "HAS_START": has_start, "ONE_TOKEN": one_token,
+        **dict(options),
     }  # fmt: skip
     of_attention = {
-        "GROUP": num_heads // kv_heads, "GROUP_PADDED": plan.group, "ROWS": plan.block.rows, "TILE": tile,
-        "PAGE_SIZE": page_size, "WALK": plan.workers == 1, "HAS_SOFTCAP": has_softcap, "ONE_TOKEN": one_token,
-        "num_warps": plan.block.warps, "num_stages": plan.block.stages, **of_both,
+        "GROUP": num_heads // kv_heads, "GROUP_PADDED": plan.group, "ROWS": plan.block.rows,
+        "CONSUMERS": max(1, plan.consumers), "TILE": tile, "PAGE_SIZE": page_size,
+        "WALK": plan.workers == 1, "HAS_SOFTCAP": has_softcap, "num_warps": plan.block.warps,
+        "num_stages": plan.block.stages, **of_both,
     }  # fmt: skip
     return of_attention, {"TOKENS": plan.tokens, "STAGES": MERGE_STAGES, "num_warps": 1, **of_both}
 
