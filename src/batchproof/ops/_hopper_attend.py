@@ -12,6 +12,7 @@ Source: Shah et al., FlashAttention-3, 2024 (one warp that loads, groups that ta
 
 from __future__ import annotations
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,13 +26,19 @@ from triton.language.extra.cuda import smid
 
 from ._quantize import FP8_MAX
 
-__all__ = ["BOX", "COLUMNS", "SIDE", "attend", "load", "next_of", "pages_of"]
+__all__ = ["BOX", "COLUMNS", "SIDE", "attend", "load", "next_of", "pages_of", "takes_turns"]
 
 BOX = gl.constexpr(16)  # keys that the TMA brings at once, of one page
 COLUMNS = gl.constexpr(64)  # of them: 128 bytes, the width of the swizzle
 SIDE = gl.constexpr(64)  # rows of a wgmma
 LOG2_E = gl.constexpr(1.4426950408889634)
 MOST = gl.constexpr(FP8_MAX)
+
+
+@triton.constexpr_function
+def takes_turns(consumers, head_dim):
+    """Whether consumers take turns: where it is faster."""
+    return consumers == 3 or (consumers == 2 and head_dim > 128)
 
 
 @gluon.jit
@@ -222,7 +229,7 @@ def attend(
     to the next: the assembler would then wait for every one.
     """
     dtype: gl.constexpr = k_ring.dtype
-    TURNS: gl.constexpr = CONSUMERS == 3 or (CONSUMERS == 2 and HEAD_DIM > 128)  # what is faster
+    TURNS: gl.constexpr = takes_turns(CONSUMERS, HEAD_DIM)
     BOXES: gl.constexpr = TILE // BOX * (HEAD_DIM // COLUMNS)
     TILE_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, HEAD_DIM], dtype)
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])

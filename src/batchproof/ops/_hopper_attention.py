@@ -105,7 +105,8 @@ def launch(
         "GROUP": q.shape[1] // k_cache.shape[2], "GROUP_PADDED": plan.group, "HEAD_DIM": q.shape[2], "TILE": tile,
         "SPLIT": split, "STAGES": stages_for(consumers, q.shape[2]), "PAGE_SIZE": k_cache.shape[1],
         "CAUSAL": causal, "HAS_WINDOW": window > 0, "HAS_SOFTCAP": softcap > 0.0,
-        "num_warps": 4, **launch_options(q), **({"maxnreg": 128} if one_token and q.shape[2] <= 128 else {}),
+        "num_warps": 4, **launch_options(q, at_once=False),
+        **({"maxnreg": 128} if one_token and q.shape[2] <= 128 else {}),
     }  # fmt: skip
     _KERNEL(
         (*plan.grid, plan.workers) if one_token else (plan.grid[0] // consumers, 1, 1), q,

@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._hopper_attend import BOX, COLUMNS, SIDE, attend, load, next_of, pages_of
+from ._hopper_attend import BOX, COLUMNS, SIDE, attend, load, next_of, pages_of, takes_turns
 from ._row_tree import AT_ONCE, LATER
 
 __all__ = ["prefill_kernel"]
@@ -91,20 +91,22 @@ def prefill_kernel(
     v_ring = gl.allocate_shared_memory(dtype, [STAGES * BOXES, BOX, COLUMNS], v_desc.layout)
     ones = gl.allocate_shared_memory(dtype, [8, TILE], ONES_LAYOUT)
     ones.store(gl.full([8, TILE], 1.0, dtype, gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])))
-    fence_async_shared()
     KEEPS: gl.constexpr = CONSUMERS if WALK and merged_ptr is None else 0  # the consumers that merge in shared memory
     KEPT: gl.constexpr = _by_thread(SIDE, HEAD_DIM)
     merged_0 = gl.allocate_shared_memory(gl.float32, [SIDE, HEAD_DIM], KEPT) if KEEPS > 0 else ones  # not used
     merged_1 = gl.allocate_shared_memory(gl.float32, [SIDE, HEAD_DIM], KEPT) if KEEPS > 1 else ones
     merged_2 = gl.allocate_shared_memory(gl.float32, [SIDE, HEAD_DIM], KEPT) if KEEPS > 2 else ones
-    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.init(turns.index(i), count=1)
+    turns = full  # not used
+    if takes_turns(CONSUMERS, HEAD_DIM):
+        turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(CONSUMERS):
+            mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
+    fence_async_shared()
     if PDL == AT_ONCE:
         gdc_launch_dependents()
     if PDL:
