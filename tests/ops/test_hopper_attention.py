@@ -9,8 +9,11 @@ from batchproof.numerics import first_mismatch
 from batchproof.ops import _attention_plan as plans
 from batchproof.ops import _hopper_attention as hopper
 from batchproof.ops import attention as module
-from batchproof.ops._hopper import is_hopper
+from batchproof.ops._hopper import is_hopper, use_static_weights
 from batchproof.ops._quantize import quantize_static_fp8_reference
+from batchproof.ops._row_launch import use_dependent_launch
+from batchproof.ops.linear import linear
+from batchproof.ops.rope_cache import rope_and_cache
 from paged import Cache, assert_accurate, launched
 
 INF, NAN = float("inf"), float("nan")
@@ -303,3 +306,60 @@ def test_a_graph_s_replay_and_wrong_lengths(monkeypatch, generator):
     graph.replay()
     assert first_mismatch(out[:700], expected[:700]) is None
     assert bool((out[700:] == 0.0).all())
+
+
+@pytest.fixture
+def in_an_engine(generator):
+    """Whether kernels let one another in early, and products read weights ahead, as in vLLM."""
+    if not is_hopper(generator.device):
+        pytest.skip("needs a Hopper GPU")
+
+    def choose(yes):
+        use_dependent_launch(yes, at_once=True)
+        use_static_weights(yes)
+
+    yield choose
+    use_dependent_launch(True)
+    use_static_weights(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("sequences", "running"), [(1, 1), (3, 3), (4, 3), (4, 4), (8, 5)])
+@pytest.mark.parametrize("length", [41, 700])
+def test_layers_in_a_graph_have_the_bits_of_ops_one_by_one(sequences, running, length, generator, in_an_engine):
+    """Kernels that are let in early by those before them, beside products that read their weights ahead, many times."""
+    device, dtype, heads, kv_heads, size, width, layers = generator.device, torch.bfloat16, 32, 8, 128, 4096, 6
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    into = [randn((heads + 2 * kv_heads) * size, width) * width**-0.5 for _ in range(layers)]
+    back = [randn(width, heads * size) * width**-0.5 for _ in range(layers)]
+    caches = [(randn(512, 16, kv_heads, size), randn(512, 16, kv_heads, size)) for _ in range(layers)]
+    cos_sin, x = randn(1024, size), randn(sequences, width)
+    pages = torch.randperm(512, generator=generator, device=device)[: 64 * sequences].view(sequences, 64).int()
+    lengths = torch.tensor([length + 17 * i if i < running else 0 for i in range(sequences)], device=device)
+    at = (lengths - 1).clamp(min=0)
+    slots = pages.gather(1, at[:, None] // 16)[:, 0] * 16 + at % 16
+    slots = torch.where(lengths > 0, slots, -1)
+    bounds = torch.arange(sequences + 1, device=device).clamp(max=running).int()
+
+    def step():
+        hidden = x
+        for i in range(layers):
+            q, k, v = linear(hidden, into[i]).unflatten(1, (-1, size)).split([heads, kv_heads, kv_heads], 1)
+            q = rope_and_cache(q, k, v, at, cos_sin, *caches[i], slots)
+            out = module.paged_attention(q, *caches[i], bounds, lengths.int(), pages, 1, size**-0.5)
+            hidden = linear(out.flatten(1), back[i])
+        return hidden[:running]
+
+    in_an_engine(False)
+    expected = step()
+    in_an_engine(True)
+    assert first_mismatch(step(), expected) is None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for replay in range(100):
+        graph.replay()
+        assert first_mismatch(out, expected) is None, f"replay {replay}"
