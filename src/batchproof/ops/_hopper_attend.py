@@ -1,8 +1,8 @@
 """What the warps of Hopper's attention kernels do (``_hopper_prefill``): one loads keys and values, others attend.
 
 A producer warp has the TMA bring keys and values, page by page, into rings in shared memory; consumers of four warps
-have 64 query rows each. They take turns at the tensor core, for a tile's values and the next one's scores: the softmax
-of the next is computed beside the values, and while the others have their turns.
+have 64 query rows each, and ask the tensor core for a tile's values and the next one's scores together: the softmax of
+the next is computed beside the values, and beside the other consumers' products. Some take turns (``takes_turns``).
 
 Invariance: the order of keys, splits and tiles, and every formula, are those of ``_attention_kernels._walk``, and the
 products' bits do not depend on the instruction.
@@ -225,8 +225,7 @@ def attend(
 ):  # fmt: skip
     """Consumer number WHICH: four warps, and SIDE rows.
 
-    In its turn it asks for a tile's values and the next one's scores. No product is in flight from one step of the loop
-    to the next: the assembler would then wait for every one.
+    No product is in flight from one step of its loop to the next: the assembler would then wait for every one.
     """
     dtype: gl.constexpr = k_ring.dtype
     TURNS: gl.constexpr = takes_turns(CONSUMERS, HEAD_DIM)

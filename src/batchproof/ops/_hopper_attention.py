@@ -1,4 +1,4 @@
-"""Launches Hopper's prefill kernel (``_hopper_prefill``) for the batches and caches that it is for."""
+"""Launches Hopper's attention kernel (``_hopper_prefill``) for the batches and caches that it is for."""
 
 from __future__ import annotations
 
@@ -100,6 +100,8 @@ def launch(
         merged = q.new_empty(processors(q.device), consumers, ROWS, q.shape[2], dtype=torch.float32)
     if not one_token:
         odd = torch.empty(plan.grid[0], dtype=torch.int32, device=q.device)
+    # Nothing is let in at once, nor by merge_kernel after it: where programs waited for their inputs beside those of a
+    # product that read its weights, in a CUDA graph, a row was wrong now and then; the cause is not known.
     keywords = {
         "WALK": walk, "ONE_TOKEN": one_token, "CONSUMERS": consumers, "NUM_HEADS": q.shape[1],
         "GROUP": q.shape[1] // k_cache.shape[2], "GROUP_PADDED": plan.group, "HEAD_DIM": q.shape[2], "TILE": tile,

@@ -174,7 +174,7 @@ def launch(
         parts = [q.new_empty((*shape, *of), dtype=torch.float32) for of in ((), (), (head_dim,))]
     attention_constants, merge_constants = _constants(
         num_heads, kv_heads, head_dim, k_cache.shape[1], causal, window > 0, softcap > 0.0, k_start is not None,
-        max_seqlen_q == 1, plan, SPLIT, TILE, tuple(launch_options(q, not plan.consumers).items()),
+        max_seqlen_q == 1, plan, SPLIT, TILE, tuple(launch_options(q, at_once=not plan.consumers).items()),
     )  # fmt: skip
     odd = None  # what is left for attention_kernel to do; None for all
     if hopper and places is not None and plan.consumers:
