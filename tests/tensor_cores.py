@@ -104,14 +104,9 @@ def compiled_prefill(name: str, dtype: Any, head_dim: int, page_size: int, optio
     aligned = {"q_ptr", "out_ptr", "odd_ptr", "q_token", "q_head"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n in aligned}
     source = GluonASTSource(PREFILL, signature, constants, attributes)
+    registers = _hopper_attention.registers_for(consumers, head_dim)
     return triton.compile(
-        source,
-        target=TARGET,
-        options={
-            "num_warps": 4,
-            "enable_fp_fusion": False,
-            **({"maxnreg": 128} if consumers == 1 and head_dim <= 128 else {}),
-        },
+        source, target=TARGET, options={"num_warps": 4, "enable_fp_fusion": False, "maxnreg": registers}
     )
 
 

@@ -1,4 +1,4 @@
-"""Prefill on Hopper: the bits of the kernel for all, and what it leaves to that."""
+"""Prefill and decode on Hopper: the bits of the kernel for all, and what it leaves to that."""
 
 import itertools
 

@@ -79,6 +79,11 @@ def stages_for(consumers: int, head_dim: int) -> int:
     return 3 if head_dim <= 64 or (consumers == 2 and head_dim <= 128) else 2
 
 
+def registers_for(consumers: int, head_dim: int) -> int | None:
+    """Of a thread at most, so that two programs of one consumer are beside one another; else they have them all."""
+    return 128 if consumers == 1 and head_dim <= 128 else None
+
+
 def launch(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, places: tuple[int, int, int], out: torch.Tensor,
     cu_seqlens_q: torch.Tensor, seqused_k: torch.Tensor, block_table: torch.Tensor, sinks: torch.Tensor | None,
@@ -107,8 +112,7 @@ def launch(
         "GROUP": q.shape[1] // k_cache.shape[2], "GROUP_PADDED": plan.group, "HEAD_DIM": q.shape[2], "TILE": tile,
         "SPLIT": split, "STAGES": stages_for(consumers, q.shape[2]), "PAGE_SIZE": k_cache.shape[1],
         "CAUSAL": causal, "HAS_WINDOW": window > 0, "HAS_SOFTCAP": softcap > 0.0,
-        "num_warps": 4, **launch_options(q, at_once=False),
-        **({"maxnreg": 128} if one_token and q.shape[2] <= 128 else {}),
+        "num_warps": 4, "maxnreg": registers_for(consumers, q.shape[2]), **launch_options(q, at_once=False),
     }  # fmt: skip
     _KERNEL(
         (*plan.grid, plan.workers) if one_token else (plan.grid[0] // consumers, 1, 1), q,
