@@ -143,8 +143,20 @@ def counts(binary: Any, steps: int) -> dict[str, Any]:
         "wgmma": len(re.findall(r"wgmma\.mma_async\.\S*\.f32\.(?:e4m3\.e4m3|bf16\.bf16|f16\.f16)", code)),
         "mma.sync": len(re.findall(r"\bmma\.sync", code)),
         "fits": binary.metadata.shared <= MOST_SHARED,
+        "barriers lost": barriers_lost(binary),
         "steps of k": steps,
     }
+
+
+def barriers_lost(binary: Any) -> list[str]:
+    """Barriers in shared memory that are not handed to a kernel's warps: what they are handed may get the same place.
+
+    The unit that keeps barriers writes them late; one that is not invalidated may undo what was written there since.
+    """
+    code = binary.asm["ttgir"]
+    barriers = re.findall(r"(%\w+) = ttg\.local_alloc\b.*memdesc<\d+x1xi64", code)
+    handed = " ".join(re.findall(r"ttg\.warp_specialize\((.*?)\)", code))
+    return [name for name in barriers if not re.search(re.escape(name) + r"\b", handed)]
 
 
 if __name__ == "__main__":

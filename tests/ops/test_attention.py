@@ -737,7 +737,7 @@ def test_a_plan_is_made_of_shapes(sequences, queries, splits, block, grid, worke
 
 @pytest.mark.parametrize(
     ("queries", "consumers", "programs"),
-    [(8192, 3, 171), (1600, 3, 34), (1536, 2, 48), (512, 2, 16), (192, 2, 6), (128, 0, 4), (64, 0, 2)],
+    [(8192, 3, 171), (3168, 3, 66), (3120, 2, 98), (512, 2, 16), (192, 2, 6), (128, 0, 4), (64, 0, 2)],
 )
 def test_the_kernel_for_hopper_needs_no_workers_unless_its_programs_are_few(queries, consumers, programs):
     """Of 8 key heads and 4 query heads each, 16 tokens are a consumer's; a program has three if there are many."""
@@ -754,6 +754,11 @@ def test_one_token_each_has_one_consumer_unless_there_are_many():
     few, many = (plans.plan_for((n, 32, 128), n, 8, 1, 8, True, multiprocessors=132, hopper=True) for n in (8, 64))
     assert few == plans.Plan(plans.DECODE, 4, 1, (8, 8), 2, 1)
     assert many == plans.Plan(plans.DECODES, 4, 1, (64, 8), 1, 0, each=1)
+
+
+def test_where_lengths_differ_a_program_has_two_consumers():
+    plan = plans.plan_for((8192 + 255, 32, 128), 256, 8, 8192, 16, True, multiprocessors=132, hopper=True)
+    assert (plan.consumers, plan.each) == (2, 0)
 
 
 def test_a_wide_head_has_two_consumers():

@@ -227,3 +227,4 @@ def test_on_hopper_no_tile_compiles_to_mma_sync():
         assert seen["mma.sync"] == 0, launch
         assert seen["wgmma"] >= seen["steps of k"], launch
         assert seen["fits"], launch
+        assert seen["barriers lost"] == [], launch

@@ -112,8 +112,8 @@ def _merge(largest, normaliser, total, right_largest, right_normaliser, right_to
     new_largest = tl.maximum(largest, right_largest)
     base = _base(new_largest)
     left, right = tl.exp2(largest - base), tl.exp2(right_largest - base)
-    normaliser = normaliser * left + right_normaliser * right
-    return new_largest, normaliser, total * left[:, None] + right_total * right[:, None]
+    normaliser = tl.fma(right_normaliser, right, normaliser * left)
+    return new_largest, normaliser, tl.fma(right_total, right[:, None], total * left[:, None])
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def _output(largest, normaliser, total, sinks_ptr, head, v_scale_ptr):
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
         one = tl.full(normaliser.shape, 1.0, tl.float32)
         largest, normaliser, total = _merge(largest, normaliser, total, sink, one, tl.zeros_like(total))
-    mean = (total + 0.0) / tl.where(normaliser == 0.0, 1.0, normaliser)[:, None]
+    mean = (total + 0.0) * (1.0 / tl.where(normaliser == 0.0, 1.0, normaliser))[:, None]
     if v_scale_ptr is not None:
         mean *= tl.load(v_scale_ptr)
     return tl.where(mean == mean, mean, float("nan"))
@@ -164,6 +164,7 @@ def _walk(
     merged_largest, merged_normaliser, merged_total = _nothing(ROWS, HEAD_DIM_PADDED)
     largest, normaliser, total = _nothing(ROWS, HEAD_DIM_PADDED)
     ones = tl.full([TILE, 16], 1.0, dtype=q.dtype)
+    factor = LOG2_E if HAS_SOFTCAP else score_scale * LOG2_E  # from products to powers of two
     # What seldom runs shall cost no registers: it is not pipelined, unless in fp32, which then needs fewer
     stages: tl.constexpr = 1 if not FINITE and q.dtype != tl.float32 else None
     for tile in tl.range(begin // TILE * TILE, end, TILE, num_stages=stages):
@@ -182,9 +183,7 @@ def _walk(
         page = _page_of(keys + TILE, begin, end, key_start, pages_ptr, PAGE_SIZE)  # of the next tile
         scores = tl.dot(q, k, input_precision="ieee")
         if HAS_SOFTCAP:
-            scores = _softcap(scores * score_scale, softcap) * LOG2_E
-        else:
-            scores = scores * (score_scale * LOG2_E)
+            scores = _softcap(scores * score_scale, softcap)
         edge = (tile < begin) | (tile + TILE > end)  # else all rows see all keys
         if CAUSAL:
             edge |= tile + TILE - 1 > oldest_at
@@ -193,9 +192,9 @@ def _walk(
         if edge:
             visible = _visible(keys, key_mask, at, window, CAUSAL, HAS_WINDOW)
             scores = tl.where(visible, scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1) * factor)
         base = _base(new_largest)
-        probabilities = tl.exp2(scores - base[:, None])
+        probabilities = tl.exp2(tl.fma(scores, factor, -base[:, None]))
         rescale = tl.exp2(largest - base)
         weights = probabilities.to(q.dtype)
         # On the tensor core, whose sum has one order in every layout; of what values are multiplied by

@@ -13,6 +13,7 @@ Source: Shah et al., FlashAttention-3, 2024 (one warp that loads, groups that ta
 from __future__ import annotations
 
 import triton
+from triton import language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -26,19 +27,26 @@ from triton.language.extra.cuda import smid
 
 from ._quantize import FP8_MAX
 
-__all__ = ["BOX", "COLUMNS", "SIDE", "attend", "load", "next_of", "pages_of", "takes_turns"]
+__all__ = ["BOX", "COLUMNS", "SIDE", "attend", "load", "merges_in_shared", "next_of", "pages_of", "takes_turns"]
 
 BOX = gl.constexpr(16)  # keys that the TMA brings at once, of one page
 COLUMNS = gl.constexpr(64)  # of them: 128 bytes, the width of the swizzle
 SIDE = gl.constexpr(64)  # rows of a wgmma
 LOG2_E = gl.constexpr(1.4426950408889634)
 MOST = gl.constexpr(FP8_MAX)
+ALL_NAN = gl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.constexpr_function
 def takes_turns(consumers, head_dim):
     """Whether consumers take turns: where it is faster."""
     return consumers == 3 or (consumers == 2 and head_dim > 128)
+
+
+@triton.constexpr_function
+def merges_in_shared(walk, consumers, head_dim):
+    """Whether what earlier splits have come to is in shared memory; two consumers have registers for it."""
+    return walk and consumers != 2 and head_dim <= 128
 
 
 @gluon.jit
@@ -124,33 +132,44 @@ def _merge(largest, normaliser, total, right_largest, right_normaliser, right_to
     new_largest = gl.maximum(largest, right_largest)
     base = gl.where(new_largest == float("-inf"), 0.0, new_largest)
     left, right = gl.exp2(largest - base), gl.exp2(right_largest - base)
-    normaliser = normaliser * left + right_normaliser * right
+    normaliser = gl.fma(right_normaliser, right, normaliser * left)
     left_of_row = gl.expand_dims(gl.convert_layout(left, ROW), 1)
     right_of_row = gl.expand_dims(gl.convert_layout(right, ROW), 1)
-    return new_largest, normaliser, total * left_of_row + right_total * right_of_row
+    return new_largest, normaliser, gl.fma(right_total, right_of_row, total * left_of_row)
 
 
 @gluon.jit
-def _put_aside(total, tile, ptr):
-    """Keep what earlier splits have come to: in shared memory, or in memory if that has no room."""
+def _larger_or_nan(left, right):
+    return gl.maximum(left, right, propagate_nan=ALL_NAN)
+
+
+@gluon.jit
+def _put_aside(total, tile, ptr, SHARED: gl.constexpr):
+    """Keep what earlier splits have come to: in shared memory, in memory, or in registers, which are then returned."""
     LAYOUT: gl.constexpr = total.type.layout
-    if ptr is None:
+    if SHARED:
         tile.store(total)
-    else:
+        return 0
+    elif ptr is not None:
         rows = gl.arange(0, total.shape[0], gl.SliceLayout(1, LAYOUT))
         columns = gl.arange(0, total.shape[1], gl.SliceLayout(0, LAYOUT))
         gl.store(ptr + rows[:, None] * total.shape[1] + columns[None, :], total)
+        return 0
+    else:
+        return total
 
 
 @gluon.jit
-def _kept(tile, ptr, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
-    """What ``_put_aside`` kept; every thread reads what it wrote itself."""
-    if ptr is None:
+def _kept(kept, tile, ptr, SHARED: gl.constexpr, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
+    """What ``_put_aside`` kept, and returned as ``kept``; every thread reads what it wrote itself."""
+    if SHARED:
         return tile.load(LAYOUT)
-    else:
+    elif ptr is not None:
         rows = gl.arange(0, SIDE, gl.SliceLayout(1, LAYOUT))
         columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LAYOUT))
         return gl.load(ptr + rows[:, None] * HEAD_DIM + columns[None, :])
+    else:
+        return kept
 
 
 @gluon.jit
@@ -191,9 +210,8 @@ def _softmax(
     """A tile's weights; by what the sums and the total of the tiles before are rescaled, and the new largest score."""
     if HAS_SOFTCAP:
         capped = 1.0 - 2.0 / (gl.exp(2.0 * ((scores * softmax_scale) / softcap)) + 1.0)
-        scores = softcap * capped * LOG2_E
-    else:
-        scores = scores * (softmax_scale * LOG2_E)
+        scores = softcap * capped
+    factor = LOG2_E if HAS_SOFTCAP else softmax_scale * LOG2_E
     edge = (tile < begin) | (tile + TILE > end)  # else all rows see all keys
     if CAUSAL:
         edge |= tile + TILE - 1 > oldest_at
@@ -207,10 +225,28 @@ def _softmax(
         if HAS_WINDOW:
             visible &= at[:, None] - keys[None, :] < window
         scores = gl.where(visible, scores, float("-inf"))
-    new_largest = gl.maximum(largest, gl.max(scores, axis=1))
+    new_largest = gl.maximum(largest, gl.max(scores, axis=1) * factor)
     base = gl.where(new_largest == float("-inf"), 0.0, new_largest)
     rescale = gl.exp2(largest - base)
-    return gl.exp2(scores - base[:, None]).to(dtype), rescale, new_largest
+    return gl.exp2(gl.fma(scores, factor, -base[:, None])).to(dtype), rescale, new_largest
+
+
+@gluon.jit
+def _stand_by(
+    WHICH: gl.constexpr, turns, full, empty, tile, end, workers,
+    CONSUMERS: gl.constexpr, TURNS: gl.constexpr, TILE: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Take part in what consumers have in common, with no query to attend from."""
+    done = 0
+    while tile < end:
+        stage = done % STAGES
+        mbarrier.wait(full.index(stage), done // STAGES & 1)
+        tile = next_of(tile, workers, TILE, SPLIT)
+        if TURNS:
+            mbarrier.wait(turns.index(WHICH), (done & 1) ^ 1, pred=done > 0)
+            mbarrier.arrive(turns.index((WHICH + 1) % CONSUMERS), count=1, pred=done > 0)
+        mbarrier.arrive(empty.index(stage), count=1)
+        done += 1
 
 
 @gluon.jit
@@ -229,6 +265,7 @@ def attend(
     """
     dtype: gl.constexpr = k_ring.dtype
     TURNS: gl.constexpr = takes_turns(CONSUMERS, HEAD_DIM)
+    SHARED: gl.constexpr = merges_in_shared(WALK, CONSUMERS, HEAD_DIM)
     BOXES: gl.constexpr = TILE // BOX * (HEAD_DIM // COLUMNS)
     TILE_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, HEAD_DIM], dtype)
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
@@ -267,10 +304,13 @@ def attend(
     no_total = gl.zeros([SIDE, HEAD_DIM], gl.float32, TOTAL)
     if merged_ptr is not None:
         merged_ptr += (smid() * CONSUMERS + WHICH) * (SIDE * HEAD_DIM)
-    if WALK:
-        _put_aside(no_total, merged, merged_ptr)
+    kept = _put_aside(gl.zeros([SIDE, HEAD_DIM], gl.float32, TOTAL), merged, merged_ptr, SHARED)
     merged_largest, merged_normaliser = nothing, zeros
     normalisers, total = no_sums, no_total  # the same in all 8 columns
+    if WHICH > 0:  # noqa: SIM102 - decided when the kernel is compiled
+        if start_token + WHICH * SIDE // GROUP_PADDED >= num_queries:
+            _stand_by(WHICH, turns, full, empty, tile, end, workers, CONSUMERS, TURNS, TILE, SPLIT, STAGES)
+            end = tile
     some = tile < end
     mbarrier.wait(full.index(0), 0, pred=some)
     k = k_ring.index(0)._reinterpret(dtype, [TILE, HEAD_DIM], TILE_LAYOUT)
@@ -313,10 +353,10 @@ def attend(
             normaliser = gl.convert_layout(gl.max(normalisers, axis=1), SCORE)
             if WALK:
                 merged_largest, merged_normaliser, total = _merge(
-                    merged_largest, merged_normaliser, _kept(merged, merged_ptr, HEAD_DIM, TOTAL),
+                    merged_largest, merged_normaliser, _kept(kept, merged, merged_ptr, SHARED, HEAD_DIM, TOTAL),
                     largest, normaliser, total,
                 )  # fmt: skip
-                _put_aside(total, merged, merged_ptr)
+                kept = _put_aside(total, merged, merged_ptr, SHARED)
             elif largest_ptr is not None:
                 _store_split(
                     largest_ptr, normaliser_ptr, total_ptr, largest, normaliser, total, score_row, score_mask, row,
@@ -346,7 +386,8 @@ def attend(
     normaliser = gl.convert_layout(gl.max(normalisers, axis=1), SCORE)
     if WALK:
         largest, normaliser, total = _merge(
-            merged_largest, merged_normaliser, _kept(merged, merged_ptr, HEAD_DIM, TOTAL), largest, normaliser, total
+            merged_largest, merged_normaliser, _kept(kept, merged, merged_ptr, SHARED, HEAD_DIM, TOTAL),
+            largest, normaliser, total,
         )  # fmt: skip
     elif largest_ptr is not None:  # noqa: SIM102 - decided when the kernel is compiled
         if not is_whole:
@@ -359,14 +400,20 @@ def attend(
         sink = gl.load(sinks_ptr + known).to(gl.float32) * LOG2_E
         one = gl.full([SIDE], 1.0, gl.float32, SCORE)
         largest, normaliser, total = _merge(largest, normaliser, total, sink, one, no_total)
-    divisor = gl.where(normaliser == 0.0, 1.0, normaliser)
-    mean = (total + 0.0) / gl.expand_dims(gl.convert_layout(divisor, ROW), 1)
+    reciprocal = 1.0 / gl.where(normaliser == 0.0, 1.0, normaliser)
+    mean = (total + 0.0) * gl.expand_dims(gl.convert_layout(reciprocal, ROW), 1)
     if odd_ptr is not None:
-        finite = gl.min(gl.min((gl.abs(total) < float("inf")).to(gl.int32), axis=1), axis=0)
-        gl.store(odd_ptr + (number * CONSUMERS + WHICH) * (NUM_HEADS // GROUP) + kv_head, 1 - finite)
+        most = gl.reduce(gl.reduce(gl.abs(total), 1, _larger_or_nan), 0, _larger_or_nan)
+        odd = 1 - (most < float("inf")).to(gl.int32)
+        gl.store(odd_ptr + (number * CONSUMERS + WHICH) * (NUM_HEADS // GROUP) + kv_head, odd)
 
-    out_ptrs = out_ptr + row[:, None] * HEAD_DIM + dims[None, :]
-    mean = mean.to(dtype)
+    q.store(mean.to(dtype))  # the queries are read: through their place, so that rows are written whole
+    mean = q.load(load_layout)
+    rows = WHICH * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, load_layout))
+    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, load_layout))
+    mask = (rows // GROUP_PADDED < num_queries - start_token) & (rows % GROUP_PADDED < GROUP)
+    out_ptr += ((first + start_token).to(gl.int64) * NUM_HEADS + kv_head * GROUP) * HEAD_DIM
+    out_ptrs = out_ptr + (rows // GROUP_PADDED * NUM_HEADS + rows % GROUP_PADDED)[:, None] * HEAD_DIM + dims[None, :]
     if out_scale_ptr is not None:  # as _quantize_jit.to_fp8 does it: NaN becomes MOST, and the cast saturates
         mean = gl.minimum(mean.to(gl.float32) * gl.div_rn(1.0, gl.load(out_scale_ptr)), MOST).to(gl.float8e4nv)
     gl.store(out_ptrs, mean, mask=(mask & is_whole)[:, None])

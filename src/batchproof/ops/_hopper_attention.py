@@ -105,14 +105,12 @@ def launch(
         merged = q.new_empty(processors(q.device), consumers, ROWS, q.shape[2], dtype=torch.float32)
     if not one_token:
         odd = torch.empty(plan.grid[0], dtype=torch.int32, device=q.device)
-    # Nothing is let in at once, nor by merge_kernel after it: where programs waited for their inputs beside those of a
-    # product that read its weights, in a CUDA graph, a row was wrong now and then; the cause is not known.
     keywords = {
         "WALK": walk, "ONE_TOKEN": one_token, "CONSUMERS": consumers, "NUM_HEADS": q.shape[1],
         "GROUP": q.shape[1] // k_cache.shape[2], "GROUP_PADDED": plan.group, "HEAD_DIM": q.shape[2], "TILE": tile,
         "SPLIT": split, "STAGES": stages_for(consumers, q.shape[2]), "PAGE_SIZE": k_cache.shape[1],
         "CAUSAL": causal, "HAS_WINDOW": window > 0, "HAS_SOFTCAP": softcap > 0.0,
-        "num_warps": 4, "maxnreg": registers_for(consumers, q.shape[2]), **launch_options(q, at_once=False),
+        "num_warps": 4, "maxnreg": registers_for(consumers, q.shape[2]), **launch_options(q),
     }  # fmt: skip
     _KERNEL(
         (*plan.grid, plan.workers) if one_token else (plan.grid[0] // consumers, 1, 1), q,

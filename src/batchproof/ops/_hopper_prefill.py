@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._hopper_attend import BOX, COLUMNS, SIDE, attend, load, next_of, pages_of, takes_turns
+from ._hopper_attend import BOX, COLUMNS, SIDE, attend, load, merges_in_shared, next_of, pages_of, takes_turns
 from ._row_tree import AT_ONCE, LATER
 
 __all__ = ["prefill_kernel"]
@@ -91,11 +91,11 @@ def prefill_kernel(
     v_ring = gl.allocate_shared_memory(dtype, [STAGES * BOXES, BOX, COLUMNS], v_desc.layout)
     ones = gl.allocate_shared_memory(dtype, [8, TILE], ONES_LAYOUT)
     ones.store(gl.full([8, TILE], 1.0, dtype, gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])))
-    KEEPS: gl.constexpr = CONSUMERS if WALK and merged_ptr is None else 0  # the consumers that merge in shared memory
+    SHARED: gl.constexpr = merges_in_shared(WALK, CONSUMERS, HEAD_DIM)
     KEPT: gl.constexpr = _by_thread(SIDE, HEAD_DIM)
-    merged_0 = gl.allocate_shared_memory(gl.float32, [SIDE, HEAD_DIM], KEPT) if KEEPS > 0 else ones  # not used
-    merged_1 = gl.allocate_shared_memory(gl.float32, [SIDE, HEAD_DIM], KEPT) if KEEPS > 1 else ones
-    merged_2 = gl.allocate_shared_memory(gl.float32, [SIDE, HEAD_DIM], KEPT) if KEEPS > 2 else ones
+    merged_0 = gl.allocate_shared_memory(gl.float32, [SIDE, HEAD_DIM], KEPT) if SHARED else ones  # not used
+    merged_1 = gl.allocate_shared_memory(gl.float32, [SIDE, HEAD_DIM], KEPT) if SHARED and CONSUMERS == 3 else ones
+    merged_2 = gl.allocate_shared_memory(gl.float32, [SIDE, HEAD_DIM], KEPT) if SHARED and CONSUMERS == 3 else ones
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = full  # not used
@@ -124,7 +124,7 @@ def prefill_kernel(
         sequence, block = _locate(number, cu_seqlens_q_ptr, sequences, each, TOKENS)
     pages_ptr = block_table_ptr + sequence.to(gl.int64) * table_row
     PAGES: gl.constexpr = TILE // BOX
-    FROM_ZERO: gl.constexpr = ONE_TOKEN and not HAS_WINDOW
+    FROM_ZERO: gl.constexpr = not HAS_WINDOW
     if FROM_ZERO:  # asked for beside the lengths, not after them: what is past the end is not used
         width, next_tile = table_width * PAGE_SIZE, next_of(worker * SPLIT, workers, TILE, SPLIT)
         pages = pages_of(pages_ptr, worker * SPLIT, 0, width, PAGE_SIZE, PAGES)
@@ -157,7 +157,7 @@ def prefill_kernel(
     if not FROM_ZERO:
         pages = pages_of(pages_ptr, tile, begin, end, PAGE_SIZE, PAGES)
         next_pages = pages_of(pages_ptr, next_of(tile, workers, TILE, SPLIT), begin, end, PAGE_SIZE, PAGES)
-    if (start_token >= 0) & (gl.cdiv(num_queries, TOKENS) > 0) & ((tile < end) | (is_whole & (worker == 0))):
+    if (start_token >= 0) & ((tile < end) | (is_whole & (worker == 0))):
         if CONSUMERS == 1:
             gl.warp_specialize([
                 (attend, (

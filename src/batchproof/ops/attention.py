@@ -174,7 +174,7 @@ def launch(
         parts = [q.new_empty((*shape, *of), dtype=torch.float32) for of in ((), (), (head_dim,))]
     attention_constants, merge_constants = _constants(
         num_heads, kv_heads, head_dim, k_cache.shape[1], causal, window > 0, softcap > 0.0, k_start is not None,
-        max_seqlen_q == 1, plan, SPLIT, TILE, tuple(launch_options(q, at_once=not plan.consumers).items()),
+        max_seqlen_q == 1, plan, SPLIT, TILE, tuple(launch_options(q).items()),
     )  # fmt: skip
     odd = None  # what is left for attention_kernel to do; None for all
     if hopper and places is not None and plan.consumers:
@@ -296,10 +296,10 @@ def _validate(
             f"{op}: cu_seqlens_q {tuple(cu_seqlens_q.shape)}, seqused_k {tuple(seqused_k.shape)}, block_table "
             f"{tuple(block_table.shape)}, want [S + 1], [S] and [S, max_pages]"
         )
-    if not math.isfinite(softmax_scale) or window < 0 or not 0.0 <= softcap < math.inf or max_seqlen_q < 0:
+    if not 0.0 < softmax_scale < math.inf or window < 0 or not 0.0 <= softcap < math.inf or max_seqlen_q < 0:
         raise ArgumentError(
             f"{op}: softmax_scale {softmax_scale}, window {window}, softcap {softcap}, max_seqlen_q {max_seqlen_q}; "
-            "want finite numbers, the last three not negative"
+            "want finite numbers, the first positive and the others not negative"
         )
 
 
@@ -341,14 +341,14 @@ def paged_attention(
         seqused_k: [num_sequences]: keys of each sequence; its queries are the last of these positions.
         block_table: [num_sequences, max_pages]: the pages of each sequence in the order of positions.
         max_seqlen_q: the most queries any sequence has; bounds the launch and changes no bits.
-        softmax_scale: factor on q . k, often head_dim ** -0.5.
+        softmax_scale: positive factor on q . k, often head_dim ** -0.5.
         causal: whether a query sees only positions up to its own.
         window: how many positions a query sees, its own included; 0 for all.
         softcap: cap * tanh(score / cap) if not 0 (Gemma-2).
         k_start: [num_sequences]: the absolute position of each block table's first key, where a sliding window has
             let go of the older ones; None for 0.
         sinks: [num_heads], fp32, fp16 or bf16: a score of each head for no key (GPT-OSS); None for none.
-        k_scale: one fp32 element: what keys in fp8 are to be multiplied by; None for 1.
+        k_scale: one fp32 element, positive: what keys in fp8 are to be multiplied by; None for 1.
         v_scale: one fp32 element, as k_scale for values.
         out_scale: one fp32 element, positive: the output is divided by it and rounded to fp8; None for q's dtype.
 
