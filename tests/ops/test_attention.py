@@ -758,7 +758,7 @@ def test_one_token_each_has_one_consumer_unless_there_are_many():
 
 def test_where_lengths_differ_a_program_has_two_consumers():
     plan = plans.plan_for((8192 + 255, 32, 128), 256, 8, 8192, 16, True, multiprocessors=132, hopper=True)
-    assert (plan.consumers, plan.each) == (2, 0)
+    assert (plan.consumers, plan.each) == (2, 0), "255 blocks have one token"
 
 
 def test_a_wide_head_has_two_consumers():

@@ -119,7 +119,7 @@ def taken(monkeypatch):
             assert odd is None
             flags.append("one token")
             return odd
-        assert consumers == (3 if plan.each and not plans.WIDE and arguments[0].shape[2] <= 128 else 2)
+        assert consumers == (plans.consumers_for() if arguments[0].shape[2] <= 128 else 2)
         if not torch.cuda.is_current_stream_capturing():
             tokens = consumers * plans.CONSUMER.rows // group
             starts, written = arguments[5].tolist(), []
@@ -138,7 +138,7 @@ def on_hopper(request, monkeypatch, generator):
     if not is_hopper(generator.device):
         pytest.skip("needs a Hopper GPU")
     monkeypatch.setattr(plans, "MANY", 0 if request.param == 3 else 10**9)
-    monkeypatch.setattr(plans, "WIDE", 0 if request.param == 3 else 10**9)
+    monkeypatch.setattr(plans, "consumers_for", lambda *_: request.param)
     plans.plan_for.cache_clear()
     yield
     plans.plan_for.cache_clear()

@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "block_for",
     "blocks_for",
+    "consumers_for",
     "plan_for",
     "workers_for",
 ]
@@ -43,7 +44,7 @@ PREFILL = Block(128, 8, 3)  # for which Hopper has a kernel of its own, whose pr
 BLOCKS = (DECODE, CONSUMER, PREFILL)  # the first that holds a sequence's rows, or the last
 WIDE_BLOCKS = (Block(16, 4, 2), Block(64, 8, 2))  # heads of more than 128: an output of as many registers
 FEW = 3  # programs of the kernel for Hopper that there are multiprocessors for: with fewer, splits are shared out
-WIDE = 4  # programs of three consumers for each multiprocessor: with fewer, or where lengths differ, they have two
+WIDE = 4  # programs of three consumers for each of a GPU's multiprocessors: with fewer, they have two
 MANY = 2  # programs for each of a GPU's multiprocessors: then they hide each other's latency, or may be larger
 
 
@@ -73,6 +74,17 @@ def workers_for(programs: int, splits: int, scratch: int, multiprocessors: int, 
     if scratch > MOST_SCRATCH:
         return 1
     return max(1, min(splits, full * multiprocessors // programs))
+
+
+def consumers_for(programs: int, filled: float, multiprocessors: int) -> int:
+    """How many consumers a program of the kernel for Hopper has.
+
+    Args:
+        programs: of three consumers each.
+        filled: what part of those has a token; the rest are of sequences that end.
+        multiprocessors: the GPU's.
+    """
+    return 3 if programs >= WIDE * multiprocessors and filled > 2 / 3 else 2
 
 
 @dataclass(frozen=True)
@@ -132,8 +144,9 @@ def plan_for(
         return Plan(chosen, group, 1, grid, workers, 1)
     if hopper and workers == 1:
         tokens = CONSUMER.rows // group
-        blocks, each = blocks_for(num_tokens, num_sequences, max_seqlen_q, 3 * tokens)
-        consumers = 3 if each and blocks * kv_heads >= WIDE * multiprocessors and head_dim <= 128 else 2
+        blocks, _ = blocks_for(num_tokens, num_sequences, max_seqlen_q, 3 * tokens)
+        filled = num_tokens / (3 * tokens * blocks)
+        consumers = consumers_for(blocks * kv_heads, filled, multiprocessors) if head_dim <= 128 else 2
         blocks, each = blocks_for(num_tokens, num_sequences, max_seqlen_q, consumers * tokens)
         part = CONSUMER if head_dim <= 128 else WIDE_BLOCKS[1]
         return Plan(part, group, tokens, (consumers * blocks * kv_heads, 1), 1, consumers, each)
