@@ -754,6 +754,8 @@ def test_one_token_each_has_one_consumer_unless_there_are_many():
     few, many = (plans.plan_for((n, 32, 128), n, 8, 1, 8, True, multiprocessors=132, hopper=True) for n in (8, 64))
     assert few == plans.Plan(plans.DECODE, 4, 1, (8, 8), 2, 1)
     assert many == plans.Plan(plans.DECODES, 4, 1, (64, 8), 1, 0, each=1)
+    of = {n: plans.plan_for((n, 16, 256), n, 8, 1, 8, True, multiprocessors=132, hopper=True) for n in (16, 32)}
+    assert [of[n].consumers for n in of] == [1, 0], "a multiprocessor has room for one program of wide heads"
 
 
 def test_where_lengths_differ_a_program_has_two_consumers():

@@ -133,7 +133,8 @@ def plan_for(
     blocks, each = blocks_for(num_tokens, num_sequences, max_seqlen_q, tokens)
     grid = (num_sequences, kv_heads) if max_seqlen_q == 1 else (blocks * kv_heads, 1)
     programs = math.prod(grid)
-    of_one_token = hopper and max_seqlen_q == 1 and programs < MANY * multiprocessors
+    room = MANY if head_dim <= 128 else 1  # programs of one consumer that a multiprocessor has at a time
+    of_one_token = hopper and max_seqlen_q == 1 and programs < room * multiprocessors
     hopper = hopper and group * max_seqlen_q > CONSUMER.rows
     if workers is None and hopper and programs * FEW >= multiprocessors:
         workers = 1

@@ -98,7 +98,8 @@ def prefill_kernel(
     merged_2 = gl.allocate_shared_memory(gl.float32, [SIDE, HEAD_DIM], KEPT) if SHARED and CONSUMERS == 3 else ones
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = full  # not used
+    # No barrier without a use: its place would also be that of what the warps are handed, and it is written late
+    turns = full
     if takes_turns(CONSUMERS, HEAD_DIM):
         turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(CONSUMERS):
