@@ -144,7 +144,7 @@ def pages() -> dict[Path, Blocks]:
     vllm = {
         "vllm latency h200": blocks["vllm latency h200"],
         "vllm exactness": lambda: vllm_tables.exactness_table(exactness, every=True),
-        "vllm exactness h200": lambda: vllm_tables.exactness_line(again),
+        "vllm exactness again": lambda: vllm_tables.exactness_line(again),
         "vllm throughput h200": blocks["vllm throughput h200"],
         "vllm kernels h200": lambda: vllm_tables.kernels_table(latency),
         "vllm step": lambda: vllm_tables.step_table(latency),

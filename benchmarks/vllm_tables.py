@@ -10,7 +10,7 @@ PATH = "h200/vllm_latency.json"
 PATHS = (PATH, "h200/vllm_latency_default.json")  # one run for each set of flags
 H100 = "h100/vllm_latency.json"
 THROUGHPUT = "h200/vllm_throughput.json"
-AGAIN = "h200/vllm_exactness_batchproof.json"  # batchproof's side alone, on another GPU
+AGAIN = "h100/vllm_exactness_batchproof.json"  # batchproof's side alone, of newer kernels
 EXACTNESS = "h100/vllm_exactness.json"
 # The first kind whose pattern is in a kernel's name is the kernel's kind.
 KINDS = {
