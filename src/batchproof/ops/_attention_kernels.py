@@ -153,7 +153,7 @@ def _walk(
 
     Online softmax over tiles at multiples of TILE; ``k_ptr`` and ``v_ptr`` are of the key head, ``pages_ptr`` of the
     sequence, ``page`` is each key's of the first tile. A key that a row does not see adds zero, and a tile of them
-    changes nothing. Scores are in powers of two.
+    changes nothing. The largest score is in powers of two; scores become so as it is subtracted, by a multiply-add.
     MERGE: of all splits, each from nothing, merged in ascending order; else the keys are those of one split.
     FINITE: values are multiplied as they are. An infinity or NaN makes an element of every row's total infinite or NaN,
     for good, seen or not; so if all of it is finite, it has the bits it has without FINITE, where each row gets only
