@@ -1,7 +1,7 @@
 """Draw the vLLM latency benchmark: seconds of each variant beside the published figures, and what a step consists of.
 
 ``python benchmarks/plot_vllm.py`` writes docs/vllm_latency_<device>.png, with a panel for each set of flags, and
-docs/vllm_step_<device>.png where the result files have decode steps as read from a trace.
+docs/vllm_step_<device>.png where the result file has decode steps as read from a trace.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plot import COLORS, OUR_COLOR, parse
-from vllm_tables import STEP_ORDER, floor_us, joined, step_by_kind, step_entries
+from vllm_tables import STEP_ORDER, floor_us, step_by_kind, step_entries
 
 HERE = Path(__file__).parent
 BAR_COLORS = {
@@ -89,8 +89,7 @@ def step(result: Mapping[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the plots of one device."""
     options = parse(__doc__, arguments)
-    files = sorted((options.results / options.device).glob("vllm_latency*.json"))
-    result = joined([json.loads(file.read_text()) for file in files])
+    result = json.loads((options.results / options.device / "vllm_latency.json").read_text())
     plots = {"latency": latency, "step": step} if step_entries(result) else {"latency": latency}
     for name, draw in plots.items():
         path = options.out / f"vllm_{name}_{options.device}.png"

@@ -20,6 +20,7 @@ import vllm_tables
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+GEMMA = "h200/attention_gemma.json"
 BENCHMARKS = HERE.parent / "docs" / "benchmarks.md"
 VLLM = HERE.parent / "docs" / "vllm.md"
 WHAT_VARIES = HERE.parent / "docs" / "what_varies.md"
@@ -119,6 +120,7 @@ def attention_pages() -> Blocks:
     """The tables of attention, and of softmax and sampling over vocabularies."""
     return {
         "attention h200": lambda: attention_tables.page(load("h200/attention.json"), "h200/attention.json"),
+        "attention gemma h200": lambda: attention_tables.page(load(GEMMA), GEMMA),
         "softmax h200": lambda: softmax_tables.page(load("h200/softmax.json"), "h200/softmax.json"),
         "sample h200": lambda: sample_tables.page(load("h200/sample.json"), "h200/sample.json"),
     }
@@ -135,7 +137,7 @@ def pages() -> dict[Path, Blocks]:
     if NORMS:
         blocks["norms h200"] = norms_summary
     blocks["linear h200"] = lambda: linear_tables.summary([load(path) for path in LINEAR], LINEAR)
-    latency = vllm_tables.joined([load(path) for path in vllm_tables.PATHS])
+    latency = load(vllm_tables.PATH)
     exactness, again, h100 = (load(path) for path in (vllm_tables.EXACTNESS, vllm_tables.AGAIN, vllm_tables.H100))
     throughput = load(vllm_tables.THROUGHPUT)
     blocks["vllm latency h200"] = lambda: vllm_tables.latency_table(latency)
@@ -149,7 +151,7 @@ def pages() -> dict[Path, Blocks]:
         "vllm kernels h200": lambda: vllm_tables.kernels_table(latency),
         "vllm step": lambda: vllm_tables.step_table(latency),
         "vllm latency h100": lambda: vllm_tables.latency_rows(h100),
-        "vllm step h100": lambda: vllm_tables.step_table(h100, [vllm_tables.H100], "### The same on an H100"),
+        "vllm step h100": lambda: vllm_tables.step_table(h100, vllm_tables.H100, "### The same on an H100"),
     }
     audited = load(audit_tables.PATH)
     blocks["what varies summary h200"] = lambda: audit_tables.summary(audited)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 PATH = "h200/vllm_latency.json"
-PATHS = (PATH, "h200/vllm_latency_default.json")  # one run for each set of flags
 H100 = "h100/vllm_latency.json"
 THROUGHPUT = "h200/vllm_throughput.json"
 AGAIN = "h100/vllm_exactness_batchproof.json"  # batchproof's side alone, of newer kernels
@@ -18,7 +17,9 @@ KINDS = {
     "norm with quantisation": r"(norm|rsqrt).*(quant|fp8|clamp)|quant.*norm",
     "norm": r"norm|rsqrt",
     "quantisation": r"quant|fp8_e4m3|clamp",
-    "attention and KV cache": r"attention|attn|flash|^merge_kernel|(reshape|rope)_and_cache|rotary|reduce_segments",
+    "attention and KV cache": (
+        r"attention|attn|flash|^(merge|prefill)_kernel|(reshape|rope)_and_cache|rotary|reduce_segments"
+    ),
     "matrix products": r"gemm|cutlass|nvjet|matmul|cublas|splitk|gemv|mm_kernel|product_kernel",
     "residual add": r"fused_add|functor_add",
     "copies and fills": r"^mem(cpy|set)( |$)",
@@ -34,17 +35,7 @@ NOTHING = "nothing runs"
 Result = Mapping[str, Any]
 
 
-def joined(results: Sequence[Result]) -> dict[str, Any]:
-    """Runs of the same benchmark under different flags as one result, with the fewest rounds and iterations of any."""
-    whole: dict[str, Any] = {}
-    for result in reversed(results):  # the first's facts, where it has them
-        whole |= result
-    whole["flags"] = {name: words for result in results for name, words in result["flags"].items()}
-    whole |= {key: [row for result in results for row in result[key]] for key in ("rows", "kernels")}
-    return whole | {key: min(result[key] for result in results) for key in ("rounds", "iterations")}
-
-
-def latency_table(result: Result, paths: Sequence[str] = PATHS) -> str:
+def latency_table(result: Result, path: str = PATH) -> str:
     """Seconds of each variant under each set of flags, with the caption that says what was measured and where."""
     flags = "; ".join(f"{name}: `{' '.join(words)}`" if words else f"{name}: none" for name, words in _flags(result))
     published = result["original"]
@@ -52,7 +43,7 @@ def latency_table(result: Result, paths: Sequence[str] = PATHS) -> str:
         f"Median seconds for a batch of {result['batch']}, {result['input_tokens']} tokens in, "
         f"{result['output_tokens']} out, with `vllm bench latency`: at least {result['rounds']} interleaved "
         f"rounds of {result['iterations']} iterations, {result['model']}, dummy weights (right for time, no proof of "
-        f"bits), {result['device']}, vLLM {result['vllm']}, torch {result['torch']} ({_files(paths)}). "
+        f"bits), {result['device']}, vLLM {result['vllm']}, torch {result['torch']} (`benchmarks/results/{path}`). "
         f"Flags: {flags}. {published['source']} reported {published['before_s']} s before the change and "
         f"{published['after_s']} s after it, on its author's machine. vLLM's own lm_head is one kernel in all runs of "
         "a mode: what it differs by from engine to engine is no variant's doing, and is in the seconds; the last "
@@ -93,7 +84,7 @@ def throughput_table(result: Result, path: str = THROUGHPUT) -> str:
     caption = (
         f"{result['batch']} requests at once, {result['input_tokens']} tokens in, {result['output_tokens']} out, with "
         f"`vllm bench latency`: median of {result['rounds']} interleaved rounds of {result['iterations']}, "
-        f"{result['model']}, dummy weights, {result['device']}, vLLM {result['vllm']} ({_files([path])})."
+        f"{result['model']}, dummy weights, {result['device']}, vLLM {result['vllm']} (`benchmarks/results/{path}`)."
     )
     return "\n".join([*lines, "", caption])
 
@@ -117,13 +108,14 @@ def lm_head_us(kernels: list[list[Any]]) -> float | None:
     return max(products, default=None)
 
 
-def kernels_table(result: Result, paths: Sequence[str] = PATHS) -> str:
+def kernels_table(result: Result, path: str = PATH) -> str:
     """Kernels of a decode step of each variant, and the caption."""
     caption = (
         f"Kernels of one decode step of a batch of {result['batch']}, and their microseconds together, "
         f"{result['device']}, vLLM {result['vllm']}, {result['model']}; by the kernels' names, kinds of which all "
         f"variants launch equally many left out. A kernel that starts before the one ahead of it has ended, as "
-        f"batchproof's norms and products do among themselves, counts the time that it waits ({_files(paths)})."
+        f"batchproof's norms and products do among themselves, counts the time that it waits "
+        f"(`benchmarks/results/{path}`)."
     )
     return f"{kernels_rows(result)}\n\n{caption}"
 
@@ -146,7 +138,7 @@ def kernels_rows(result: Result) -> str:
 
 
 def step_table(
-    result: Result, paths: Sequence[str] = PATHS, heading: str = "### A decode step, kernel by kernel"
+    result: Result, path: str = PATH, heading: str = "### A decode step, kernel by kernel"
 ) -> str:  # fmt: skip
     """A decode step, kernel by kernel, with its plot and caption; nothing where no step was read from a trace."""
     if not step_entries(result):
@@ -160,9 +152,9 @@ def step_table(
         "kernels; the last row is the seconds of the benchmark, which has no profiler, over its tokens out. Floor: "
         f"what a kind has to move, once, at the {result['copy_gbps']:.0f} GB/s of a copy in the same run: weights; "
         "keys and values; what norms and activations read and write if their output is quantised at once "
-        f"({_files(paths)})."
+        f"(`benchmarks/results/{path}`)."
     )
-    picture = f"vllm_step_{paths[0].split('/')[0]}.png"
+    picture = f"vllm_step_{path.split('/')[0]}.png"
     return f"{heading}\n\n![A decode step]({picture})\n\n{step_rows(result)}\n\n{caption}"
 
 
@@ -226,10 +218,6 @@ def floor_us(result: Result) -> dict[str, float]:
         "activation": rows * (2 * 2 + 1) * inner,
     }
     return {kind: count / (1e3 * result["copy_gbps"]) for kind, count in moved.items()}
-
-
-def _files(paths: Sequence[str]) -> str:
-    return ", ".join(f"`benchmarks/results/{path}`" for path in paths)
 
 
 SIDES = {"stock": "vLLM batch-invariant", "batchproof": "with batchproof"}

@@ -285,16 +285,6 @@ def test_a_line_about_one_side_counts_all_comparisons_and_names_engines_that_fai
     assert line.endswith("llama, eager: out of memory.")
 
 
-def test_runs_under_different_flags_are_joined(bench):
-    one, other = synthetic(), synthetic() | {"flags": {"other": ["-x"]}, "rounds": 1}
-    joined = bench.tables.joined([one, other])
-    assert list(joined["flags"]) == ["original", "default", "other"]
-    assert (joined["rounds"], joined["iterations"]) == (1, 10)
-    assert joined["rows"] == one["rows"] + other["rows"]
-    joined = bench.tables.joined([one, other | {"copy_gbps": 1, "vllm": "later"}])
-    assert (joined["copy_gbps"], joined["vllm"]) == (1, "0.26.0"), "the first's, where it has them"
-
-
 def test_the_latency_table(bench):
     table = bench.tables.latency_table(synthetic())
     assert table.splitlines()[2:8] == [

@@ -240,7 +240,7 @@ def test_the_floor_is_of_the_models_bytes(bench):
 
 
 def test_the_step_table(bench):
-    table = bench.tables.step_table(synthetic(), ["h100/vllm_latency.json"])
+    table = bench.tables.step_table(synthetic(), "h100/vllm_latency.json")
     title, _, picture, _, *lines = table.splitlines()
     assert (title, picture) == (
         "### A decode step, kernel by kernel",
