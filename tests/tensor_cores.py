@@ -101,7 +101,7 @@ def compiled_prefill(name: str, dtype: Any, head_dim: int, page_size: int, optio
     types |= {"merged_ptr": "*fp32"} if head_dim > 128 and consumers > 1 else {}
     constants |= {} if head_dim > 128 and consumers > 1 else {"merged_ptr": None}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in PREFILL.arg_names}
-    aligned = {"q_ptr", "out_ptr", "odd_ptr", "q_token", "q_head"}
+    aligned = {"q_ptr", "out_ptr", "odd_ptr", "merged_ptr", "q_token", "q_head"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n in aligned}
     source = GluonASTSource(PREFILL, signature, constants, attributes)
     registers = _hopper_attention.registers_for(consumers, head_dim)

@@ -144,16 +144,21 @@ def _larger_or_nan(left, right):
 
 
 @gluon.jit
+def _by_thread(total):
+    """A wgmma's accumulator as a vector: four elements of a thread, then those of the others, then the next four."""
+    parts = total.reshape([total.shape[0] // 16, 2, 8, total.shape[1] // 8, 4, 2])
+    return parts.permute([3, 0, 2, 4, 1, 5]).reshape([total.shape[0] * total.shape[1]])
+
+
+@gluon.jit
 def _put_aside(total, tile, ptr, SHARED: gl.constexpr):
     """Keep what earlier splits have come to: in shared memory, in memory, or in registers, which are then returned."""
-    LAYOUT: gl.constexpr = total.type.layout
     if SHARED:
-        tile.store(total)
+        tile.store(_by_thread(total))
         return 0
     elif ptr is not None:
-        rows = gl.arange(0, total.shape[0], gl.SliceLayout(1, LAYOUT))
-        columns = gl.arange(0, total.shape[1], gl.SliceLayout(0, LAYOUT))
-        gl.store(ptr + rows[:, None] * total.shape[1] + columns[None, :], total)
+        flat = _by_thread(total)
+        gl.store(ptr + gl.arange(0, flat.shape[0], flat.type.layout), flat)
         return 0
     else:
         return total
@@ -162,12 +167,11 @@ def _put_aside(total, tile, ptr, SHARED: gl.constexpr):
 @gluon.jit
 def _kept(kept, tile, ptr, SHARED: gl.constexpr, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """What ``_put_aside`` kept, and returned as ``kept``; every thread reads what it wrote itself."""
-    if SHARED:
-        return tile.load(LAYOUT)
-    elif ptr is not None:
-        rows = gl.arange(0, SIDE, gl.SliceLayout(1, LAYOUT))
-        columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LAYOUT))
-        return gl.load(ptr + rows[:, None] * HEAD_DIM + columns[None, :])
+    if SHARED or ptr is not None:
+        FLAT: gl.constexpr = _by_thread(gl.zeros([SIDE, HEAD_DIM], gl.float32, LAYOUT)).type.layout
+        flat = tile.load(FLAT) if SHARED else gl.load(ptr + gl.arange(0, SIDE * HEAD_DIM, FLAT))
+        parts = flat.reshape([HEAD_DIM // 8, SIDE // 16, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5])
+        return gl.convert_layout(parts.reshape([SIDE, HEAD_DIM]), LAYOUT, assert_trivial=True)
     else:
         return kept
 

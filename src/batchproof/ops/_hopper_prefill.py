@@ -11,7 +11,6 @@ sequence's end a page may hold anything. The rows of one token see the same keys
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
@@ -23,15 +22,6 @@ from ._row_tree import AT_ONCE, LATER
 __all__ = ["prefill_kernel"]
 
 CHUNK = gl.constexpr(128)  # sequences looked at together
-
-
-@triton.constexpr_function
-def _by_thread(rows, columns):
-    """Where a wgmma's accumulator [rows, columns] of four warps is kept: a thread's elements together, four by four."""
-    columns = [[0, 2**i] for i in range(columns.bit_length() - 1)]
-    rows = [[2**i, 0] for i in range(rows.bit_length() - 1)]
-    thread = [*columns[1:3], *rows[:3], *rows[4:]]  # its lane, then its warp
-    return gl.SharedLinearLayout([*columns[:1], rows[3], *thread, *columns[3:]])
 
 
 @gluon.jit
@@ -79,7 +69,7 @@ def prefill_kernel(
 
     A program is for a key head of the block that ``_locate`` finds. ``odd`` [blocks, CONSUMERS, key heads]: whether a
     consumer's total is infinite or NaN somewhere; not written where its program has no query. ``merged``
-    [multiprocessors, CONSUMERS, SIDE, HEAD_DIM]: for what earlier splits come to, if shared memory has no room; a
+    [multiprocessors, CONSUMERS, SIDE * HEAD_DIM]: for what earlier splits come to, if shared memory has no room; a
     multiprocessor has one program at a time.
     """
     dtype: gl.constexpr = k_desc.dtype
@@ -92,10 +82,10 @@ def prefill_kernel(
     ones = gl.allocate_shared_memory(dtype, [8, TILE], ONES_LAYOUT)
     ones.store(gl.full([8, TILE], 1.0, dtype, gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])))
     SHARED: gl.constexpr = merges_in_shared(WALK, CONSUMERS, HEAD_DIM)
-    KEPT: gl.constexpr = _by_thread(SIDE, HEAD_DIM)
-    merged_0 = gl.allocate_shared_memory(gl.float32, [SIDE, HEAD_DIM], KEPT) if SHARED else ones  # not used
-    merged_1 = gl.allocate_shared_memory(gl.float32, [SIDE, HEAD_DIM], KEPT) if SHARED and CONSUMERS == 3 else ones
-    merged_2 = gl.allocate_shared_memory(gl.float32, [SIDE, HEAD_DIM], KEPT) if SHARED and CONSUMERS == 3 else ones
+    KEPT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    merged_0 = gl.allocate_shared_memory(gl.float32, [SIDE * HEAD_DIM], KEPT) if SHARED else ones  # not used
+    merged_1 = gl.allocate_shared_memory(gl.float32, [SIDE * HEAD_DIM], KEPT) if SHARED and CONSUMERS == 3 else ones
+    merged_2 = gl.allocate_shared_memory(gl.float32, [SIDE * HEAD_DIM], KEPT) if SHARED and CONSUMERS == 3 else ones
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     # No barrier without a use: its place would also be that of what the warps are handed, and it is written late
