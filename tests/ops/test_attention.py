@@ -253,6 +253,8 @@ def wrong_arguments(good):
             {"block_table": good["block_table"].to("meta")},
         ),
         "scale": (ArgumentError, "softmax_scale nan", {"softmax_scale": NAN}),
+        "no scale": (ArgumentError, "softmax_scale 0.0", {"softmax_scale": 0.0}),
+        "negative scale": (ArgumentError, "softmax_scale -0.125", {"softmax_scale": -0.125}),
         "window": (ArgumentError, "window -1", {"window": -1}),
         "softcap": (ArgumentError, "softcap -1.0", {"softcap": -1.0}),
         "infinite softcap": (ArgumentError, "softcap inf", {"softcap": INF}),
