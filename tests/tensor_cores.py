@@ -21,7 +21,7 @@ from batchproof.ops import (
     _hopper,
     _hopper_attend,
     _hopper_attention,
-    _hopper_prefill,
+    _hopper_attention_kernel,
     _hopper_product,
     attention,
     scaled_mm,
@@ -29,7 +29,7 @@ from batchproof.ops import (
 
 KERNEL = scaled_mm._scaled_mm_kernel
 PRODUCT = _hopper_product._product_kernel
-PREFILL = _hopper_prefill.prefill_kernel
+ATTENTION = _hopper_attention_kernel.hopper_attention_kernel
 TARGET = GPUTarget("cuda", 90, 32)
 MOST_SHARED = 227 * 1024  # bytes of shared memory a program may have on Hopper
 
@@ -80,7 +80,7 @@ def compiled_product(shape: _hopper.Shape, fp8: bool, blocks: bool, static_weigh
     return triton.compile(source, target=TARGET, options=options)
 
 
-def compiled_prefill(name: str, dtype: Any, head_dim: int, page_size: int, options: bool, consumers: int) -> Any:
+def compiled_attention(name: str, dtype: Any, head_dim: int, page_size: int, options: bool, consumers: int) -> Any:
     """The binary of attention's kernel for Hopper; ``options``: with a window, a soft cap and sinks, and not causal."""
     box = [_hopper_attention.PAGE, _hopper_attend.COLUMNS.value]
     descriptor = f"tensordesc<{name}{box},{gl.NVMMASharedLayout.get_default_for(box, dtype)!r}>"
@@ -100,10 +100,10 @@ def compiled_prefill(name: str, dtype: Any, head_dim: int, page_size: int, optio
     constants |= {"WALK": consumers > 1, "ONE_TOKEN": consumers == 1, "PDL": consumers == 1}
     types |= {"merged_ptr": "*fp32"} if head_dim > 128 and consumers > 1 else {}
     constants |= {} if head_dim > 128 and consumers > 1 else {"merged_ptr": None}
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in PREFILL.arg_names}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in ATTENTION.arg_names}
     aligned = {"q_ptr", "out_ptr", "odd_ptr", "merged_ptr", "q_token", "q_head"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n in aligned}
-    source = GluonASTSource(PREFILL, signature, constants, attributes)
+    source = GluonASTSource(ATTENTION, signature, constants, attributes)
     registers = _hopper_attention.registers_for(consumers, head_dim)
     return triton.compile(
         source, target=TARGET, options={"num_warps": 4, "enable_fp_fusion": False, "maxnreg": registers}
@@ -118,7 +118,7 @@ def main() -> None:
         ("fp16", gl.float16, 128, 256, False, 3), ("bf16", gl.bfloat16, 64, 32, True, 2),
         ("bf16", gl.bfloat16, 256, 16, True, 2), ("bf16", gl.bfloat16, 128, 16, False, 1),
     ):  # fmt: skip
-        binary = compiled_prefill(name, dtype, head_dim, page_size, options, consumers)
+        binary = compiled_attention(name, dtype, head_dim, page_size, options, consumers)
         # scores of the first tile; then sums of rows, totals and scores of each
         steps = consumers * (2 * head_dim // 16 + 2 * attention.TILE // 16)
         found[f"attention, {name}, {head_dim=}, {page_size=}, {options=}, {consumers=}"] = counts(binary, steps)

@@ -263,7 +263,8 @@ def attention_kernel(
     sequence's splits are counted from the first that any of its queries sees; or to ``out`` if there is but one.
     ONE_TOKEN: no sequence has two queries, and a program is for a sequence, a key head and a worker. Otherwise for key
     heads of parts of blocks, and a worker: ``_locate`` says whose block of CONSUMERS such parts.
-    ``odd`` [programs]: if given, all is written but what programs with a flag there have; see ``_hopper_prefill``.
+    ``odd`` [programs]: if given, all is written but what programs with a flag there have, as
+    ``_hopper_attention_kernel`` says.
     """
     wait_for_inputs(PDL)
     launch_dependents(PDL)

@@ -1,4 +1,4 @@
-"""What the warps of Hopper's attention kernels do (``_hopper_prefill``): one loads keys and values, others attend.
+"""What the warps of Hopper's attention (``_hopper_attention_kernel``) do: one loads keys and values, others attend.
 
 A producer warp has the TMA bring keys and values, page by page, into rings in shared memory; consumers of four warps
 have 64 query rows each, and ask the tensor core for a tile's values and the next one's scores together: the softmax of

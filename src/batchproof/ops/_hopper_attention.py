@@ -1,4 +1,4 @@
-"""Launches Hopper's attention kernel (``_hopper_prefill``) for the batches and caches that it is for."""
+"""Launches Hopper's attention kernel (``_hopper_attention_kernel``) for the batches and caches that it is for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ._attention_plan import Plan
 from ._fast_launch import FastKernel, View
 from ._hopper_attend import BOX, COLUMNS, SIDE
-from ._hopper_prefill import prefill_kernel
+from ._hopper_attention_kernel import hopper_attention_kernel
 from ._row_launch import launch_options
 from ._triton import processors
 
@@ -61,7 +61,7 @@ def _describe(view: View) -> Any:
     return TensorDescriptor(view.base, view.shape, view.strides, view.block_shape, view.layout)
 
 
-_KERNEL = FastKernel(prefill_kernel, _describe)
+_KERNEL = FastKernel(hopper_attention_kernel, _describe)
 
 
 def places_for(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, int, int] | None:
@@ -95,8 +95,8 @@ def launch(
     ``places``: as ``places_for`` gives them. Everything else is as ``attention.launch`` has it.
 
     Returns:
-        [blocks, consumers, key heads] int32, what is to be computed again; see ``prefill_kernel``. None if no sequence
-        has two queries: then nothing is.
+        [blocks, consumers, key heads] int32, what is to be computed again; see ``hopper_attention_kernel``. None if no
+        sequence has two queries: then nothing is.
     """
     consumers, one_token = plan.consumers, plan.consumers == 1
     walk = not one_token or (plan.workers == 1 and splits > 1)

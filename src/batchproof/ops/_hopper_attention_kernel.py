@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ._hopper_attend import BOX, COLUMNS, SIDE, attend, load, merges_in_shared, next_of, pages_of, takes_turns
 from ._row_tree import AT_ONCE, LATER
 
-__all__ = ["prefill_kernel"]
+__all__ = ["hopper_attention_kernel"]
 
 CHUNK = gl.constexpr(128)  # sequences looked at together
 
@@ -55,7 +55,7 @@ def _locate(number, cu_seqlens_q_ptr, sequences, each, TOKENS: gl.constexpr):
         "window",
     ]
 )
-def prefill_kernel(
+def hopper_attention_kernel(
     k_desc, v_desc, q_ptr, out_ptr, merged_ptr, odd_ptr, largest_ptr, normaliser_ptr, total_ptr, sinks_ptr,
     out_scale_ptr, cu_seqlens_q_ptr, seqused_k_ptr, block_table_ptr, sequences, each, table_width, q_token, q_head,
     table_row, page_rows, head_rows, head_columns, softmax_scale: gl.float32, softcap: gl.float32,
