@@ -45,7 +45,7 @@ BLOCKS = (DECODE, CONSUMER, PREFILL)  # the first that holds a sequence's rows, 
 WIDE_BLOCKS = (Block(16, 4, 2), Block(64, 8, 2))  # heads of more than 128: an output of as many registers
 FEW = 3  # programs of the kernel for Hopper that there are multiprocessors for: with fewer, splits are shared out
 WIDE = 4  # programs of three consumers for each of a GPU's multiprocessors: with fewer, they have two
-MANY = 2  # programs for each of a GPU's multiprocessors: then they hide each other's latency, or may be larger
+MANY = 2  # programs for each of a GPU's multiprocessors: then they hide each other's latency
 
 
 def block_for(rows: int, group: int, head_dim: int, several: bool) -> Block:

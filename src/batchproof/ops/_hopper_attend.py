@@ -293,11 +293,10 @@ def attend(
     oldest_at = oldest + start_token + WHICH * SIDE // GROUP_PADDED
     newest_at = oldest_at + (SIDE - 1) // GROUP_PADDED
     keys_of_tile = gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
-    rows = WHICH * SIDE + gl.arange(0, SIDE, ROW)
-    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, TOTAL))
-    token = start_token + rows // GROUP_PADDED
-    mask = (token < num_queries) & (rows % GROUP_PADDED < GROUP)
-    row = (first + token).to(gl.int64) * NUM_HEADS + kv_head * GROUP + rows % GROUP_PADDED
+    of_row = WHICH * SIDE + gl.arange(0, SIDE, ROW)
+    token = start_token + of_row // GROUP_PADDED
+    mask = (token < num_queries) & (of_row % GROUP_PADDED < GROUP)
+    row = (first + token).to(gl.int64) * NUM_HEADS + kv_head * GROUP + of_row % GROUP_PADDED
     score_token = start_token + of_score // GROUP_PADDED
     score_mask = (score_token < num_queries) & (of_score % GROUP_PADDED < GROUP)
     score_row = (first + score_token).to(gl.int64) * NUM_HEADS + kv_head * GROUP + of_score % GROUP_PADDED
@@ -308,7 +307,8 @@ def attend(
     no_total = gl.zeros([SIDE, HEAD_DIM], gl.float32, TOTAL)
     if merged_ptr is not None:
         merged_ptr += (smid() * CONSUMERS + WHICH) * (SIDE * HEAD_DIM)
-    kept = _put_aside(gl.zeros([SIDE, HEAD_DIM], gl.float32, TOTAL), merged, merged_ptr, SHARED)
+    no_merged = gl.zeros([SIDE, HEAD_DIM], gl.float32, TOTAL)  # a loop cannot carry two that begin as one, no_total
+    kept = _put_aside(no_merged, merged, merged_ptr, SHARED)
     merged_largest, merged_normaliser = nothing, zeros
     normalisers, total = no_sums, no_total  # the same in all 8 columns
     if WHICH > 0:  # noqa: SIM102 - decided when the kernel is compiled
@@ -413,8 +413,6 @@ def attend(
 
     q.store(mean.to(dtype))  # the queries are read: through their place, so that rows are written whole
     mean = q.load(load_layout)
-    rows = WHICH * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, load_layout))
-    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, load_layout))
     mask = (rows // GROUP_PADDED < num_queries - start_token) & (rows % GROUP_PADDED < GROUP)
     out_ptr += ((first + start_token).to(gl.int64) * NUM_HEADS + kv_head * GROUP) * HEAD_DIM
     out_ptrs = out_ptr + (rows // GROUP_PADDED * NUM_HEADS + rows % GROUP_PADDED)[:, None] * HEAD_DIM + dims[None, :]
